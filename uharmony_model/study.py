@@ -1,0 +1,237 @@
+"""The study: what all places agree on. It is sent as canonical JSON and known by its SHA-256.
+
+The same object drives the in-process federation, processes on one machine, and hospitals.
+Nothing here names a folder, a machine or a case; that belongs to a site's own file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
+
+from uharmony_model.frozen import Frozen, parse, read_yaml
+from uharmony_model.methods import METHODS, Method
+
+Triple = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+
+
+class Window(Frozen):
+    """CT: clip to [low, high] HU and scale to [-1, 1]."""
+
+    policy: Literal["window"]
+    low: float = -160.0
+    high: float = 240.0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Window:
+        if self.low >= self.high:
+            raise ValueError(f"low must be below high, got {self.low} and {self.high}")
+        return self
+
+
+class ZScore(Frozen):
+    """MR: subtract the mean, divide by the deviation, over all or over the non-zero voxels."""
+
+    policy: Literal["zscore"]
+    nonzero: bool = False
+
+
+class Percentile(Frozen):
+    """MR: clip to two percentiles of the volume and scale to [-1, 1]."""
+
+    policy: Literal["percentile"]
+    low: Annotated[float, Field(ge=0, lt=50)] = 0.5
+    high: Annotated[float, Field(gt=50, le=100)] = 99.5
+
+
+class Suv(Frozen):
+    """PET: clip to [0, high] SUV and scale to [-1, 1]."""
+
+    policy: Literal["suv"]
+    high: PositiveFloat = 20.0
+
+
+Intensity = Annotated[Window | ZScore | Percentile | Suv, Field(discriminator="policy")]
+
+
+class Task(Frozen):
+    """What is segmented, in which images.
+
+    `classes` names the foreground classes and the label values each consists of. Exclusive
+    classes (softmax) may not share a value; overlapping ones (sigmoid) may. Value 0 is background.
+    `intensity` maps every modality that may occur to its policy.
+    """
+
+    classes: dict[Name, tuple[Annotated[int, Field(ge=1, le=255)], ...]]
+    overlapping: bool = False
+    channels: PositiveInt = 1
+    spacing_mm: Triple | None = None
+    intensity: dict[Name, Intensity]
+
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _single_values(cls, classes: Any) -> Any:
+        if isinstance(classes, dict):
+            return {k: (v,) if isinstance(v, int) else v for k, v in classes.items()}
+        return classes
+
+    @field_validator("intensity")
+    @classmethod
+    def _ordered(cls, intensity: dict[str, Intensity]) -> dict[str, Intensity]:
+        return dict(sorted(intensity.items()))
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Task:
+        if not self.classes:
+            raise ValueError("at least one class is needed")
+        if not self.intensity:
+            raise ValueError("at least one modality is needed")
+        values = [value for group in self.classes.values() for value in group]
+        if not self.overlapping and len(set(values)) != len(values):
+            raise ValueError("exclusive classes share a label value; set overlapping: true")
+        return self
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The foreground classes in their order, the order of the network's outputs."""
+        return tuple(self.classes)
+
+    @property
+    def outputs(self) -> int:
+        """Channels of the logits: the classes, and background when they are exclusive."""
+        return len(self.classes) + (0 if self.overlapping else 1)
+
+
+class Harmonization(Frozen):
+    """The harmonisation layer and the local residuals (see `uharmony_model.harmonize`)."""
+
+    order: Annotated[int, Field(ge=1, le=3)] = 1
+    stage2: Literal["free", "affine", "revin", "off"] = "free"
+    stem: bool = True
+    head: bool = True
+    domain_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    compiled: bool = False
+
+
+class Network(Frozen):
+    """A MONAI backbone: `features` are the channels of its levels, finest first."""
+
+    name: Literal["unet", "dynunet", "segresnet", "swinunetr"] = "unet"
+    features: Annotated[tuple[PositiveInt, ...], Field(min_length=2, max_length=7)] = (16, 32, 64)
+    residual_units: NonNegativeInt = 1
+    harmonization: Harmonization = Harmonization()
+
+
+class Training(Frozen):
+    """One site's round, and how many rounds there are."""
+
+    rounds: PositiveInt = 10
+    local_steps: PositiveInt = 20
+    batch_size: PositiveInt = 2
+    patch: tuple[PositiveInt, PositiveInt, PositiveInt] = (32, 32, 32)
+    foreground: Annotated[float, Field(ge=0, le=1)] = 0.5
+    augment: bool = True
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: PositiveFloat = 1e-3
+    schedule: Literal["constant", "cosine"] = "cosine"
+    weight_decay: NonNegativeFloat = 1e-4
+    residual_decay: NonNegativeFloat = 1e-3
+    gradient_clip: PositiveFloat = 12.0
+    keep_optimizer: bool = True
+
+
+class Federation(Frozen):
+    """When a round counts and how updates are weighed."""
+
+    weighting: Literal["cases", "equal"] = "cases"
+    min_sites: PositiveInt = 1
+    min_cases: PositiveInt = 1
+    norm_bound: PositiveFloat = 20.0
+    max_cases: PositiveInt = 100_000
+
+
+class Codec(Frozen):
+    """How weights travel. Lossy codecs are applied in-process too, so all places agree."""
+
+    up: Literal["fp32", "bf16"] = "fp32"
+    down: Literal["fp32", "bf16"] = "fp32"
+
+
+class Evaluation(Frozen):
+    """Splits by patient, and what is measured when."""
+
+    validation: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    test: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    every: NonNegativeInt = 5
+    overlap: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    surface_tolerance_mm: PositiveFloat = 2.0
+    bootstrap: PositiveInt = 1000
+
+    @model_validator(mode="after")
+    def _leaves_training(self) -> Evaluation:
+        if self.validation + self.test >= 1:
+            raise ValueError("validation + test must be below 1; nothing is left to train on")
+        return self
+
+
+class Study(Frozen):
+    """Everything a site consents to. Its digest is what it stores when it approves."""
+
+    name: Name
+    method: str = "uharmony"
+    seed: NonNegativeInt = 0
+    split_seed: NonNegativeInt = 0
+    task: Task
+    network: Network = Network()
+    training: Training = Training()
+    federation: Federation = Federation()
+    codec: Codec = Codec()
+    evaluation: Evaluation = Evaluation()
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, name: str) -> str:
+        if name not in METHODS:
+            raise ValueError(f"unknown method; known: {', '.join(METHODS)}")
+        return name
+
+    @property
+    def plan(self) -> Method:
+        """What the study's method makes of the network and the partition."""
+        return METHODS[self.method]
+
+    def canonical_json(self) -> str:
+        """Keys in their declared order, no spaces: equal studies give equal text.
+
+        Sorting would hide the order of the classes, which is the order of the outputs.
+        """
+        return json.dumps(self.model_dump(mode="json"), separators=(",", ":"))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON, in hex."""
+        return hashlib.sha256(self.canonical_json().encode()).hexdigest()
+
+
+def load_study(path: Path) -> tuple[Study, dict[str, Any]]:
+    """Read study.yaml. The second value is its `simulation:` section, which no site consents to.
+
+    Raises:
+        ConfigError: the file is missing or says something that cannot be followed.
+    """
+    content = read_yaml(path)
+    simulation = content.pop("simulation", None) or {}
+    return parse(Study, content, str(path)), simulation
