@@ -1,0 +1,1 @@
+"""The coordinator: rounds, admission, aggregation, checkpoints, records and the report."""
