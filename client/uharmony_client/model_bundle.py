@@ -1,0 +1,171 @@
+"""The model that is handed out: the study, the shared weights, and each site's own parameters.
+
+    model/study.json                  the study, canonical
+          shared.safetensors          tensors by state-dict key
+          sites/<site>.safetensors    local tensors by key, or by KEY@DOMAIN
+          sites/<site>.json           {"domains": [...], "modalities": [...]}
+
+A hospital hands out the folder without `sites/` or with its own entry only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import safetensors.torch
+from pydantic import Field
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from uharmony_model.atomic import replace_directory, temporary_directory, write_atomic
+from uharmony_model.errors import ConfigError, StoreError
+from uharmony_model.exchange.partition import Partition
+from uharmony_model.frozen import Frozen, parse
+from uharmony_model.methods import RESIDUALS
+from uharmony_model.networks import build_network
+from uharmony_model.study import Name, Study
+
+_MAX_JSON_BYTES = 1 << 20
+_PLACEHOLDER = "unseen"
+
+
+class SiteEntry(Frozen):
+    """sites/<site>.json: the site's domains in the order of its case table, its modalities."""
+
+    domains: Annotated[tuple[Name, ...], Field(min_length=1)]
+    modalities: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model ready to predict with; `domains` is empty where no site was chosen.
+
+    `digest` is the SHA-256 of the files that were used.
+    """
+
+    network: nn.Module
+    study: Study
+    domains: tuple[str, ...]
+    modalities: tuple[str, ...]
+    digest: str
+
+
+def save_bundle(
+    folder: Path,
+    study: Study,
+    shared: Mapping[str, Tensor],
+    local: Mapping[str, Mapping[str, Tensor]],
+    domains: Mapping[str, Sequence[str]],
+    modalities: Mapping[str, Sequence[str]] | None = None,
+) -> None:
+    """Write the folder, whole or not at all; `local`, `domains` and `modalities` are by site.
+
+    Raises:
+        StoreError: the folder cannot be written.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"{folder.parent}: {error.strerror}; give another folder") from None
+    temporary = temporary_directory(folder)
+    write_atomic(temporary / "study.json", study.canonical_json().encode())
+    write_atomic(temporary / "shared.safetensors", _tensors(shared))
+    (temporary / "sites").mkdir(mode=0o700)
+    for site, tensors in local.items():
+        entry = SiteEntry(
+            domains=tuple(domains[site]), modalities=tuple((modalities or {}).get(site, ()))
+        )
+        write_atomic(temporary / "sites" / f"{site}.json", entry.model_dump_json().encode())
+        write_atomic(temporary / "sites" / f"{site}.safetensors", _tensors(tensors))
+    replace_directory(temporary, folder)
+
+
+def load_bundle(folder: Path, site: str | None) -> Model:
+    """Build the network with the site's own parameters, or with all residuals zero for None.
+
+    Raises:
+        ConfigError: there is no such model or site, or the method needs a site.
+        StoreError: a file is damaged.
+        PartitionError: the tensors are not those of the study's network.
+    """
+    if not (folder / "study.json").is_file():
+        raise ConfigError(f"{folder}: no study.json in it; give the folder of a model")
+    digest = hashlib.sha256()
+    study = parse(Study, _read_json(folder / "study.json", digest), str(folder / "study.json"))
+    shared = _read_tensors(folder / "shared.safetensors", digest)
+    if site is None:
+        _require_no_site_needed(folder, study)
+        network = build_network(study, (_PLACEHOLDER,), seed=study.seed)
+        partition = Partition.of(network, study.plan.local)
+        # A fresh network's residuals are zero, and a pass without a domain does not use them.
+        entry, local = None, partition.split(network.state_dict())[1]
+    else:
+        if site not in known_sites(folder):
+            raise ConfigError(
+                f"{folder}: no site {site!r:.80}; it has "
+                f"{', '.join(known_sites(folder)) or 'none'}. Without --site all residuals are zero"
+            )
+        path = folder / "sites" / f"{site}.json"
+        entry = parse(SiteEntry, _read_json(path, digest), str(path))
+        local = _read_tensors(path.with_suffix(".safetensors"), digest)
+        network = build_network(study, entry.domains, seed=study.seed)
+        partition = Partition.of(network, study.plan.local)
+    network.load_state_dict(partition.merge(shared, local), strict=True)
+    return Model(
+        network=network.eval(),
+        study=study,
+        domains=entry.domains if entry else (),
+        modalities=entry.modalities if entry else (),
+        digest=digest.hexdigest(),
+    )
+
+
+def known_sites(folder: Path) -> tuple[str, ...]:
+    """The sites whose own parameters are in the folder, sorted."""
+    return tuple(sorted(path.stem for path in (folder / "sites").glob("*.json")))
+
+
+def _require_no_site_needed(folder: Path, study: Study) -> None:
+    needed = study.plan.local - RESIDUALS
+    if needed:
+        raise ConfigError(
+            f"{folder}: method {study.method} keeps {', '.join(sorted(needed))} at the sites, so "
+            f"a site is needed; choose --site from {', '.join(known_sites(folder)) or 'none here'}"
+        )
+
+
+def _tensors(tensors: Mapping[str, Tensor]) -> bytes:
+    return safetensors.torch.save(
+        {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
+    )
+
+
+def _read_tensors(path: Path, digest: hashlib._Hash) -> dict[str, Tensor]:
+    try:
+        content = path.read_bytes()
+        tensors = safetensors.torch.load(content)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise StoreError(
+            f"{path}: not readable ({type(error).__name__}); copy the model again"
+        ) from None
+    digest.update(hashlib.sha256(content).digest())
+    return tensors
+
+
+def _read_json(path: Path, digest: hashlib._Hash) -> object:
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise StoreError(f"{path}: larger than {_MAX_JSON_BYTES} bytes")
+        content = path.read_bytes()
+        value: object = json.loads(content)
+    except (OSError, ValueError, RecursionError) as error:
+        raise StoreError(
+            f"{path}: not readable ({type(error).__name__}); copy the model again"
+        ) from None
+    digest.update(hashlib.sha256(content).digest())
+    return value

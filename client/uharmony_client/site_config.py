@@ -1,0 +1,98 @@
+"""site.yaml: what only the hospital knows. Nothing in it is ever sent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, PositiveInt
+
+from uharmony_client.case_table import CaseTable
+from uharmony_client.device import DeviceName
+from uharmony_client.nifti import MAX_VOXELS
+from uharmony_client.policy import Policy
+from uharmony_client.readers import read_cases
+from uharmony_model.errors import ConfigError, DataError
+from uharmony_model.frozen import Frozen, parse, read_yaml
+from uharmony_model.study import Name, Task
+
+LabelValue = Annotated[int, Field(ge=0, le=65535)]
+StudyValue = Annotated[int, Field(ge=0, le=255)]
+
+
+class Resources(Frozen):
+    """What this machine may spend; `max_voxels` bounds one channel of one volume."""
+
+    threads: PositiveInt | None = None
+    device: DeviceName = "auto"
+    max_voxels: PositiveInt = MAX_VOXELS
+
+
+class SiteConfig(Frozen):
+    """One site. `cases` is a table or a folder, `store` is where everything of its own is kept.
+
+    `volumes` is where prepared volumes are kept (None: in the store); several studies may share it.
+    `annotated` names the study's classes that this site draws (None: all of them).
+    `modality_map` renames the site's modalities to the study's, `label_map` its label values;
+    a value that is not in the map stays, and 0 is background.
+    """
+
+    name: Name
+    cases: Path
+    store: Path
+    volumes: Path | None = None
+    annotated: Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
+    modality_map: dict[str, Name] = Field(default_factory=dict)
+    label_map: dict[LabelValue, StudyValue] = Field(default_factory=dict)
+    policy: Policy = Policy()
+    resources: Resources = Resources()
+
+    def annotates(self, task: Task) -> tuple[bool, ...]:
+        """Whether this site annotates each of the study's classes, in their order.
+
+        Raises:
+            ConfigError: `annotated` names a class that the study does not have.
+        """
+        if self.annotated is None:
+            return (True,) * len(task.classes)
+        unknown = [name for name in self.annotated if name not in task.classes]
+        if unknown:
+            raise ConfigError(
+                f"site {self.name}: annotated names {', '.join(unknown)}; "
+                f"the study's classes are {', '.join(task.class_names)}"
+            )
+        return tuple(name in self.annotated for name in task.class_names)
+
+    def label_values(self, task: Task) -> frozenset[int]:
+        """The label values that may occur here after `label_map`, background included."""
+        groups = zip(task.classes.values(), self.annotates(task), strict=True)
+        return frozenset({0}.union(*(values for values, drawn in groups if drawn)))
+
+
+def load_site(path: Path) -> SiteConfig:
+    """Read site.yaml; paths in it are relative to its folder.
+
+    Raises:
+        ConfigError: the file is missing or says something that cannot be followed.
+    """
+    config = parse(SiteConfig, read_yaml(path), str(path))
+    folder = path.resolve().parent
+    places = {"cases": config.cases, "store": config.store, "volumes": config.volumes}
+    return config.model_copy(
+        update={name: None if path is None else folder / path for name, path in places.items()}
+    )
+
+
+def load_cases(config: SiteConfig) -> CaseTable:
+    """The site's own cases. A table of several sites is narrowed to this one.
+
+    Raises:
+        DataError: the table or folder is incomplete, or has no case of this site.
+    """
+    table = read_cases(config.cases, site=config.name)
+    own = table.of(site=config.name)
+    if not own.cases:
+        raise DataError(
+            f"{config.cases}: no case of site {config.name}; it has {', '.join(table.sites)}"
+        )
+    return own

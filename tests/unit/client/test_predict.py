@@ -1,0 +1,292 @@
+from __future__ import annotations
+
+import json
+import sys
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
+from safetensors.torch import load_file, save_file
+
+from tests.support.nifti_files import read_nifti
+from uharmony_client import predict as module
+from uharmony_client.model_bundle import load_bundle, save_bundle
+from uharmony_model.atomic import write_atomic
+from uharmony_model.errors import StoreError
+from uharmony_model.exchange.partition import Partition
+from uharmony_model.networks import build_network
+
+IMAGE = np.random.default_rng(0).normal(100, 20, (7, 8, 5)).astype("f4")
+OBLIQUE = {
+    "srow_x": (0.1, -2.0, 0.0, 14.0),
+    "srow_y": (0.0, 0.1, 3.0, -9.0),
+    "srow_z": (-1.5, 0.0, 0.1, 4.0),
+}
+
+
+@pytest.fixture
+def bundle(tmp_path, study):
+    """A folder of a model with random weights that give varied labels."""
+
+    def write(name="model", **task):
+        chosen = study.model_copy(update={"task": study.task.model_copy(update=task)})
+        domains = {"north": ("n1", "n2"), "south": ("s",)}
+        local = {}
+        for site, names in domains.items():
+            network = build_network(chosen, names, seed=5)
+            draw = torch.Generator().manual_seed(len(names))
+            state = {
+                key: tensor + 0.5 * torch.randn(tensor.shape, generator=draw)
+                for key, tensor in network.state_dict().items()
+            }
+            shared, local[site] = Partition.of(network, chosen.plan.local).split(state)
+        save_bundle(tmp_path / name, chosen, shared, local, domains)
+        return tmp_path / name
+
+    return write
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    """Run the command; gives exit code, stdout and stderr."""
+
+    def run(*arguments):
+        words = [str(a) for a in arguments]
+        monkeypatch.setattr(sys, "argv", ["uharmony-predict", *words])
+        with pytest.raises(SystemExit) as ended:
+            module.main()
+        captured = capsys.readouterr()
+        return ended.value.code, captured.out, captured.err
+
+    return run
+
+
+def expected_probabilities(model, path, domain):
+    """Softmax (J + 1, ...) on the file's axes, made with nibabel, numpy and one forward pass."""
+    image = read_nifti(path)
+    canonical = nib.as_closest_canonical(image)
+    values = canonical.get_fdata()
+    scaled = ((values - values.mean()) / values.std()).astype(np.float32)
+    padded = np.full((8, 8, 8), scaled.min(), np.float32)
+    start = [(8 - n) // 2 for n in scaled.shape]
+    inside = tuple(slice(s, s + n) for s, n in zip(start, scaled.shape, strict=True))
+    padded[inside] = scaled
+    index = None if domain is None else torch.tensor([model.domains.index(domain)])
+    with torch.no_grad():
+        logits = model.network(torch.from_numpy(padded)[None, None], index)[0]
+    probabilities = logits.softmax(dim=0).numpy()[(slice(None), *inside)]
+    back = ornt_transform(axcodes2ornt("RAS"), io_orientation(image.affine))
+    return np.stack([apply_orientation(p, back) for p in probabilities])
+
+
+@pytest.mark.parametrize(("site", "domain"), [(None, None), ("south", "s"), ("north", "n2")])
+def test_the_segmentation_lies_on_the_input_and_is_the_networks(
+    bundle, command, write_nifti, tmp_path, site, domain
+):
+    path = write_nifti("scan.nii.gz", IMAGE, **OBLIQUE)
+    choice = [] if site is None else ["--site", site, "--domain", domain]
+    code, out, err = command(
+        bundle(), path, *choice, "--out", tmp_path / "out", "--probabilities", "--device", "cpu"
+    )
+    assert (code, err) == (0, "")
+    assert out == f"{tmp_path / 'out' / 'scan_seg.nii.gz'}\n"
+    probabilities = expected_probabilities(load_bundle(tmp_path / "model", site), path, domain)
+    values = np.array([0, 1, 2])[probabilities.argmax(axis=0)]
+    assert len(np.unique(values)) > 1
+    segmentation = read_nifti(tmp_path / "out" / "scan_seg.nii.gz")
+    np.testing.assert_array_equal(segmentation.affine, read_nifti(path).affine)
+    assert segmentation.get_data_dtype() == np.uint8
+    np.testing.assert_array_equal(segmentation.get_fdata(), values)
+    written = read_nifti(tmp_path / "out" / "scan_prob.nii.gz")
+    np.testing.assert_array_equal(written.affine, read_nifti(path).affine)
+    np.testing.assert_allclose(
+        written.get_fdata(), np.moveaxis(probabilities[1:], 0, -1), atol=1e-5
+    )
+    facts = json.loads((tmp_path / "out" / "scan_seg.json").read_text())
+    assert facts["site"] == site
+    assert facts["domain"] == domain
+    assert facts["classes"] == [
+        {"name": "edema", "values": [1, 3]},
+        {"name": "core", "values": [2]},
+    ]
+    assert facts["model"] == load_bundle(tmp_path / "model", site).digest
+
+
+def test_site_and_domain_change_the_result(bundle, tmp_path, write_nifti):
+    folder, path = bundle(), write_nifti("scan.nii.gz", IMAGE)
+    results = [
+        module.segment(
+            load_bundle(folder, site), [path], ["T1"], domain, torch.device("cpu")
+        ).probabilities
+        for site, domain in ((None, None), ("south", "s"), ("north", "n1"), ("north", "n2"))
+    ]
+    for i, first in enumerate(results):
+        for second in results[i + 1 :]:
+            assert np.abs(first - second).max() > 1e-3
+
+
+def test_overlapping_classes_are_one_mask_each(bundle, command, write_nifti, tmp_path):
+    path = write_nifti("scan.nii.gz", IMAGE)
+    code, _, err = command(
+        bundle(overlapping=True), path, "--out", tmp_path, "--probabilities", "--site", "south"
+    )
+    assert (code, err) == (0, "")
+    masks = read_nifti(tmp_path / "scan_seg.nii.gz").get_fdata()
+    probabilities = read_nifti(tmp_path / "scan_prob.nii.gz").get_fdata()
+    assert masks.shape == probabilities.shape == (7, 8, 5, 2)
+    np.testing.assert_array_equal(masks, probabilities > 0.5)
+    assert set(np.unique(masks)) == {0, 1}
+
+
+def test_a_resampled_volume_comes_back_on_its_own_grid(bundle, command, write_nifti, tmp_path):
+    path = write_nifti("scan.nii", IMAGE, **OBLIQUE)
+    folder = bundle(spacing_mm=(1.3, 2.2, 2.9))
+    code, _, err = command(folder, path, "--out", tmp_path, "--probabilities")
+    assert (code, err) == (0, "")
+    segmentation = read_nifti(tmp_path / "scan_seg.nii.gz")
+    assert segmentation.shape == IMAGE.shape
+    np.testing.assert_array_equal(segmentation.affine, read_nifti(path).affine)
+    foreground = read_nifti(tmp_path / "scan_prob.nii.gz").get_fdata()
+    everything = np.concatenate([1 - foreground.sum(-1, keepdims=True), foreground], axis=-1)
+    sure = np.sort(everything, axis=-1)
+    sure = sure[..., -1] - sure[..., -2] > 1e-5
+    np.testing.assert_array_equal(
+        segmentation.get_fdata()[sure], np.array([0, 1, 2])[everything.argmax(-1)][sure]
+    )
+
+
+def test_channels_of_a_case_are_joined_by_commas(bundle, command, write_nifti, tmp_path):
+    files = [write_nifti(f"case_000{i}.nii.gz", IMAGE + i * IMAGE**2) for i in range(2)]
+    folder = bundle(channels=2)
+    code, _, err = command(folder, f"{files[0]},{files[1]}", "--out", tmp_path)
+    assert (code, err) == (0, "")
+    assert (tmp_path / "case_seg.nii.gz").is_file()
+    code, _, err = command(folder, files[0], "--out", tmp_path)
+    assert code == 3
+    assert "1 channels" in err
+
+
+def test_several_volumes_are_named_one_a_line(bundle, command, write_nifti, tmp_path):
+    paths = [write_nifti(f"{name}.nii.gz", IMAGE) for name in "ab"]
+    code, out, _ = command(bundle(), *paths, "--out", tmp_path)
+    assert code == 0
+    assert [line.rsplit("/")[-1] for line in out.splitlines()] == ["a_seg.nii.gz", "b_seg.nii.gz"]
+
+
+def written_files(folder):
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "expected"),
+    [
+        (["--site", "west"], 2, "it has north, south"),
+        (["--site", "north"], 2, "the site has the domains n1, n2; choose one with --domain"),
+        (["--site", "north", "--domain", "x"], 2, "there are: n1, n2"),
+        (["--domain", "s"], 2, "none without --site"),
+        (["--modality", "CT"], 3, "'CT' is not in the study, which has T1"),
+        (["--device", "tpu"], 2, "expected auto, cpu, cuda"),
+        (["--max-voxels", "10"], 3, "at most 10"),
+        (["--surprise"], 2, "--surprise"),
+    ],
+)
+def test_wrong_choices_end_in_one_line(
+    bundle, command, write_nifti, tmp_path, arguments, code, expected
+):
+    path = write_nifti("scan.nii.gz", IMAGE)
+    found, out, err = command(bundle(), path, "--out", tmp_path / "out", *arguments)
+    assert found == code
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("error: ")
+    assert expected in err
+    assert written_files(tmp_path / "out") == []
+
+
+def test_a_study_of_several_modalities_wants_one(bundle, command, write_nifti, tmp_path, study):
+    policy = study.task.intensity["T1"]
+    folder = bundle(intensity={"CT": policy, "T1": policy})
+    path = write_nifti("scan.nii.gz", IMAGE)
+    code, _, err = command(folder, path, "--out", tmp_path)
+    assert code == 3
+    assert "names no modality; the study has CT, T1" in err
+    assert command(folder, path, "--out", tmp_path, "--modality", "CT")[0] == 0
+    assert json.loads((tmp_path / "scan_seg.json").read_text())["modalities"] == ["CT"]
+
+
+def test_bad_inputs_write_nothing(bundle, command, write_nifti, tmp_path):
+    good = write_nifti("good.nii.gz", IMAGE)
+    bad = write_nifti("bad.nii.gz", IMAGE)
+    bad.write_bytes(bad.read_bytes()[:-20])
+    out = tmp_path / "out"
+    code, _, err = command(bundle(), bad, "--out", out)
+    assert (code, err.count("\n")) == (3, 1)
+    assert written_files(out) == []
+    code, _, err = command(bundle(), tmp_path / "absent.nii", "--out", out)
+    assert (code, err.count("\n")) == (3, 1)
+    code, _, err = command(tmp_path / "nowhere", good, "--out", out)
+    assert code == 2
+    assert "give the folder of a model" in err
+
+
+def test_results_are_overwritten_only_when_forced(bundle, command, write_nifti, tmp_path):
+    path, folder, out = write_nifti("scan.nii.gz", IMAGE), bundle(), tmp_path / "out"
+    assert command(folder, path, "--out", out)[0] == 0
+    before = (out / "scan_seg.nii.gz").read_bytes()
+    code, _, err = command(folder, path, "--out", out, "--site", "south")
+    assert code == 2
+    assert "--force" in err
+    assert (out / "scan_seg.nii.gz").read_bytes() == before
+    assert command(folder, path, "--out", out, "--site", "south", "--force")[0] == 0
+    assert (out / "scan_seg.nii.gz").read_bytes() != before
+
+
+def test_an_input_is_never_overwritten(bundle, command, write_nifti, tmp_path):
+    path, tricky = write_nifti("a.nii.gz", IMAGE), write_nifti("a_seg.nii.gz", IMAGE)
+    content = tricky.read_bytes()
+    code, _, err = command(bundle(), path, tricky, "--out", tmp_path, "--force")
+    assert code == 2
+    assert "one of the inputs" in err
+    assert tricky.read_bytes() == content
+
+
+def test_two_inputs_of_one_name_are_refused(bundle, command, write_nifti, tmp_path):
+    first, second = write_nifti("x/scan.nii", IMAGE), write_nifti("y/scan.nii.gz", IMAGE)
+    code, _, err = command(bundle(), first, second, "--out", tmp_path)
+    assert code == 2
+    assert "two volumes" in err
+
+
+def test_a_failed_write_leaves_nothing_of_the_case(
+    bundle, command, write_nifti, tmp_path, monkeypatch
+):
+    def fails_at_the_end(path, content):
+        if path.suffix == ".json":
+            raise StoreError("disk full")
+        write_atomic(path, content)
+
+    monkeypatch.setattr("uharmony_client.predict.write_atomic", fails_at_the_end)
+    path = write_nifti("scan.nii.gz", IMAGE)
+    code, _, err = command(bundle(), path, "--out", tmp_path / "out", "--probabilities")
+    assert (code, err) == (5, "error: disk full\n")
+    assert written_files(tmp_path / "out") == []
+
+
+def test_a_model_that_gives_nan_is_refused(bundle, command, write_nifti, tmp_path):
+    folder = bundle()
+    tensors = load_file(folder / "shared.safetensors")
+    key = next(key for key in tensors if key.endswith("weight"))
+    tensors[key] = torch.full_like(tensors[key], float("nan"))
+    save_file(tensors, folder / "shared.safetensors")
+    code, _, err = command(folder, write_nifti("scan.nii.gz", IMAGE), "--out", tmp_path / "out")
+    assert code == 3
+    assert "not finite" in err
+    assert written_files(tmp_path / "out") == []
+
+
+def test_a_file_name_with_a_comma_is_one_file(write_nifti):
+    path = write_nifti("a,b.nii.gz", IMAGE)
+    requests = module.plan_requests([str(path)])
+    assert [(r.images, r.name) for r in requests] == [((path,), "a,b")]
