@@ -1,0 +1,138 @@
+"""What a model is worth at this site, case by case; only means over cases leave.
+
+Metrics are measured on the study's grid (RAS, the study's spacing), over the whole volume.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from uharmony_client.case_table import Case
+from uharmony_client.site import Site
+from uharmony_model.atomic import write_atomic
+from uharmony_model.inference import predict_logits
+from uharmony_model.metrics import bootstrap_interval, measure_case
+from uharmony_model.randomness import numpy_generator
+from uharmony_model.study import Split
+from uharmony_model.targets import to_masks, to_targets
+
+METRICS = ("dice", "surface_dice", "hd95_mm", "lesion_recall", "fp_per_case")
+MetricValues = dict[str, float | int | None]
+
+
+@dataclass(frozen=True)
+class CaseRow:
+    """One case and class. It stays at the site; simulation alone gathers it."""
+
+    case: str
+    patient: str
+    site: str
+    domain: str
+    split: str
+    round: int
+    class_name: str
+    dice: float | None
+    surface_dice: float | None
+    hd95_mm: float | None
+    lesion_recall: float | None
+    fp_per_case: float | None
+
+
+def evaluate_split(
+    network: nn.Module, site: Site, split: Split, *, round_: int, slow: bool
+) -> list[CaseRow]:
+    """Measure every case of a split; the slow metrics (surfaces, lesions) only when asked."""
+    task, settings = site.study.task, site.study.evaluation
+    rows = []
+    for case in site.split(split):
+        volume = site.volumes[case.case]
+        truth = to_targets(torch.from_numpy(np.array(volume.label))[None], task)[0]
+        measured = measure_case(
+            predict_masks(network, site, case),
+            truth,
+            volume.spacing_mm,
+            settings.surface_tolerance_mm,
+            slow=slow,
+            annotated=site.annotated,
+        )
+        for name, values in zip(task.class_names, measured, strict=True):
+            rows.append(
+                CaseRow(
+                    case=case.case,
+                    patient=case.patient,
+                    site=case.site,
+                    domain=case.domain,
+                    split=split,
+                    round=round_,
+                    class_name=name,
+                    dice=values.dice,
+                    surface_dice=values.surface_dice,
+                    hd95_mm=values.hd95_mm,
+                    lesion_recall=values.lesion_recall,
+                    fp_per_case=values.fp_per_case,
+                )
+            )
+    return rows
+
+
+def predict_masks(network: nn.Module, site: Site, case: Case) -> Tensor:
+    """Predicted masks (J, D, H, W) of one case, under the case's own domain."""
+    logits = predict_logits(
+        network,
+        torch.from_numpy(np.array(site.volumes[case.case].image)),
+        patch=site.study.training.patch,
+        overlap=site.study.evaluation.overlap,
+        domain=site.domains.index(case.domain),
+        device=site.device,
+    )
+    return to_masks(logits[None], site.study.task)[0]
+
+
+def summarise(rows: Sequence[CaseRow], site: Site) -> MetricValues:
+    """Means over cases as named scalars `split/site/domain/class/metric`: what may leave.
+
+    `dice_low` and `dice_high` bound the mean Dice with 95 % (percentile bootstrap over cases).
+    """
+    values: MetricValues = {}
+    groups: dict[tuple[str, str, str, str], list[CaseRow]] = {}
+    for row in rows:
+        groups.setdefault((row.split, row.site, row.domain, row.class_name), []).append(row)
+    for (split, name, domain, class_name), group in sorted(groups.items()):
+        prefix = f"{split}/{name}/{domain}/{class_name}"
+        where = (site.name, group[0].round, "bootstrap", prefix)
+        _, low, high = bootstrap_interval(
+            [row.dice for row in group],
+            site.study.evaluation.bootstrap,
+            numpy_generator(site.study.seed, *where),
+        )
+        values[f"{prefix}/n_cases"] = len(group)
+        for metric in METRICS:
+            values[f"{prefix}/{metric}"] = _mean(getattr(row, metric) for row in group)
+        values[f"{prefix}/dice_low"], values[f"{prefix}/dice_high"] = low, high
+    return values
+
+
+def save_rows(rows: Sequence[CaseRow], site: Site, split: str, round_: int) -> None:
+    """Keep the per-case rows in the site's own folder, as CSV."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    names = list(CaseRow.__dataclass_fields__)
+    writer.writerow(names)
+    for row in rows:
+        writer.writerow(["" if (v := getattr(row, n)) is None else v for n in names])
+    site.evaluations.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path = site.evaluations / f"{split}-round-{round_:06d}.csv"
+    write_atomic(path, text.getvalue().encode())
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    defined = [value for value in values if value is not None]
+    return statistics.fmean(defined) if defined else None

@@ -1,0 +1,109 @@
+"""A site, opened: its cases in their splits, its preprocessed volumes, its own store."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from uharmony_client.case_table import Case, CaseTable
+from uharmony_client.device import choose_device
+from uharmony_client.local_store import LocalStore
+from uharmony_client.local_train import LocalData
+from uharmony_client.readers import read_cases
+from uharmony_client.site_config import SiteConfig, load_cases
+from uharmony_client.volume_store import VolumeStore
+from uharmony_model.errors import DataError
+from uharmony_model.patches import StoredVolume
+from uharmony_model.study import Split, Study
+
+Opened = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One institution's side of one study. `domains` are its own, in a fixed order."""
+
+    config: SiteConfig
+    study: Study
+    table: CaseTable
+    domains: tuple[str, ...]
+    volumes: dict[str, StoredVolume]
+    store: LocalStore
+    device: torch.device
+
+    @classmethod
+    def open(
+        cls,
+        config: SiteConfig,
+        study: Study,
+        *,
+        own_cases_only: bool = True,
+        on_case: Opened | None = None,
+    ) -> Site:
+        """Read the case table, split it by patient, and preprocess what is not yet preprocessed.
+
+        `own_cases_only=False` takes the cases of every site in the table: pooled training.
+
+        Raises:
+            DataError: a case cannot be used, or nothing is left to train on.
+            ConfigError: the site annotates a class the study does not have.
+        """
+        config.annotates(study.task)
+        cases = load_cases(config) if own_cases_only else read_cases(config.cases)
+        table = cases.with_splits(study.evaluation, study.split_seed)
+        if not table.of(split="train").cases:
+            raise DataError(f"site {config.name}: no case is left to train on; add labelled cases")
+        shelf = VolumeStore(config.volumes or config.store / "volumes")
+        volumes: dict[str, StoredVolume] = {}
+        for index, case in enumerate(table.cases):
+            if on_case is not None:
+                on_case(config.name, index, len(table.cases))
+            volumes[case.case] = shelf.open(case, study.task, config)
+        return cls(
+            config=config,
+            study=study,
+            table=table,
+            domains=tuple(sorted({case.domain for case in table.cases})),
+            volumes=volumes,
+            store=LocalStore(config.store / "generations" / study.digest),
+            device=choose_device(config.resources.device),
+        )
+
+    @property
+    def name(self) -> str:
+        """The site's name in the federation."""
+        return self.config.name
+
+    @property
+    def annotated(self) -> torch.Tensor:
+        """Which classes this site annotates, (J,) bool."""
+        return torch.tensor(self.config.annotates(self.study.task))
+
+    @property
+    def evaluations(self) -> Path:
+        """Where per-case results stay; they never leave a hospital."""
+        return self.config.store / "evaluations" / self.study.digest
+
+    def split(self, split: Split) -> Sequence[Case]:
+        """The cases of one split, in table order."""
+        return self.table.of(split=split).cases
+
+    def training_data(self) -> LocalData:
+        """The training split as a round takes it."""
+        cases = self.split("train")
+        return LocalData(
+            site=self.name,
+            volumes=[self.volumes[case.case] for case in cases],
+            domains=[self.domains.index(case.domain) for case in cases],
+            annotated=self.annotated,
+        )
+
+    def with_study(self, study: Study) -> Site:
+        """The same opened data under another arm of the same study (same task, same splits)."""
+        store = LocalStore(self.config.store / "generations" / study.digest)
+        return dataclasses.replace(self, study=study, store=store)
+

@@ -1,0 +1,77 @@
+"""What a site's process keeps in memory between instructions: one network, one set of weights.
+
+However many sites run in this process, there is one network; every use loads its whole state,
+so nothing is carried from one site to another.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from uharmony_client.optimizer import PREFIX
+from uharmony_client.site import Site
+from uharmony_model.errors import ExchangeError
+from uharmony_model.exchange.instruction import Instruction
+from uharmony_model.exchange.partition import Partition
+from uharmony_model.exchange.payload import Kind, Manifest, decode
+from uharmony_model.networks import build_network
+from uharmony_model.study import Study
+
+
+class Workbench:
+    """The network and the global weights that were used last."""
+
+    def __init__(self) -> None:
+        self._made_for: tuple[str, tuple[str, ...], torch.device] | None = None
+        self._network: tuple[nn.Module, Partition] | None = None
+        self._payload: bytes | None = None
+        self._weights: tuple[Manifest, Tensor] | None = None
+
+    def network(
+        self, study: Study, domains: tuple[str, ...], device: torch.device
+    ) -> tuple[nn.Module, Partition]:
+        """The study's network for these domains on `device`, and its partition."""
+        wanted = (study.digest, domains, device)
+        if self._network is None or self._made_for != wanted:
+            self._network = None  # freed before the next one is built: one model in memory
+            network = build_network(study, domains, seed=study.seed).to(device)
+            self._network = (network, Partition.of(network, study.plan.local))
+            self._made_for = wanted
+        return self._network
+
+    def weights(self, payload: bytes, order: Instruction, partition: Partition) -> Tensor:
+        """The global weights (n,) of a payload that must belong to the instruction.
+
+        Sites that share a process are handed the same bytes object, which is decoded and
+        checked once.
+
+        Raises:
+            PayloadError: the bytes are damaged or of another schema.
+            ExchangeError: they are of another study or round than the instruction.
+        """
+        if self._weights is None or self._payload is not payload:
+            self._weights = decode(payload, kind=Kind.MODEL, schema=partition.shared_schema)
+            self._payload = payload
+        manifest, flat = self._weights
+        made_by = order.round - 1 if order.action == "train" else order.round
+        if (manifest.study, manifest.round, manifest.base) != (order.study, made_by, order.base):
+            raise ExchangeError(
+                f"the weights are of round {manifest.round} of study {manifest.study[:12]}, the "
+                f"instruction expects round {made_by} of study {order.study[:12]}; send both anew"
+            )
+        return flat
+
+
+def initial_local(study: Study, domains: tuple[str, ...]) -> dict[str, Tensor]:
+    """The local parameters of a site that has not trained yet: all residuals are zero."""
+    fresh = build_network(study, domains, seed=study.seed)
+    return Partition.of(fresh, study.plan.local).split(fresh.state_dict())[1]
+
+
+def site_parameters(site: Site, *, after_round: int) -> dict[str, Tensor]:
+    """The site's own parameters as they stand after a round, without optimiser moments."""
+    local = site.store.before(site.study.digest, after_round + 1)
+    if local is None:
+        local = initial_local(site.study, site.domains)
+    return {k: v for k, v in local.items() if not k.startswith(PREFIX)}
