@@ -25,6 +25,7 @@ from uharmony_model.frozen import Frozen, parse, read_yaml
 from uharmony_model.methods import METHODS, Method
 
 Triple = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
+Split = Literal["train", "validation", "test"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 
 

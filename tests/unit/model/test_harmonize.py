@@ -6,7 +6,9 @@ import copy
 
 import pytest
 import torch
-from monai.networks.nets import DynUNet, SwinUNETR, UNet
+from monai.networks.nets.dynunet import DynUNet
+from monai.networks.nets.swin_unetr import SwinUNETR
+from monai.networks.nets.unet import UNet
 from torch import Tensor, nn
 
 from uharmony_model.errors import NetworkError
@@ -81,7 +83,7 @@ def test_zero_residuals_are_the_plain_network(order, stage2, domain):
 def test_every_known_norm_hands_over_its_affine_parameters(norm, channel_axis):
     plain = small(norm)[1]
     model = harmonized(small(norm), order=2)
-    layer = model.network[1]
+    layer = model.network.get_submodule("1")
     assert type(layer) is HarmonicNorm
     assert layer.channel_axis == channel_axis == CHANNEL_AXIS[type(norm)]
     assert layer.eps == norm.eps
@@ -284,11 +286,11 @@ def test_modules_that_stand_in_several_places_stay_one():
         stem=("input_block",),
         head=("output_block",),
     )
-    left = [m for m in model.modules() if isinstance(m, nn.InstanceNorm3d)]
-    assert not left
-    network = model.network
-    assert network.input_block.norm1 is network.skip_layers.downsample.norm1
-    assert network.input_block.conv1.conv is network.skip_layers.downsample.conv1.conv
+    assert not [m for m in model.modules() if isinstance(m, nn.InstanceNorm3d)]
+    at = model.network.get_submodule
+    assert at("input_block.norm1") is at("skip_layers.downsample.norm1")
+    assert at("input_block.conv1.conv") is at("skip_layers.downsample.conv1.conv")
+    assert isinstance(at("input_block.conv1.conv"), ResidualConv)
     keys = stacked_keys(model)
     assert "network.input_block.norm1.gain" in keys
     assert "network.skip_layers.downsample.norm1.gain" in keys

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,10 +12,10 @@ from torch import Tensor, nn
 
 from uharmony_model.domains import DomainSwitch, Selection
 from uharmony_model.methods import Part
-from uharmony_model.residual_conv import ResidualConv
+from uharmony_model.residual_conv import Convolution, ResidualConv
 
 K = 3
-CONVOLUTIONS = {
+CONVOLUTIONS: dict[str, Callable[[], Convolution]] = {
     "same": lambda: nn.Conv3d(2, 4, 3, padding=1),
     "strided": lambda: nn.Conv3d(2, 4, (3, 1, 2), stride=(2, 1, 2), padding=(1, 0, 0)),
     "no bias": lambda: nn.Conv3d(2, 4, 3, bias=False),
@@ -48,8 +49,10 @@ def reference(layer: ResidualConv, x: Tensor, k: int) -> Tensor:
         with torch.no_grad():
             alone.weight += layer.weight_residual[k]
             if layer.bias_residual is not None:
+                assert alone.bias is not None
                 alone.bias += layer.bias_residual[k]
-    return alone(x)
+    y: Tensor = alone(x)
+    return y
 
 
 @pytest.mark.parametrize("domain", [[1, 1], [2, 0], [-1, 1]])
@@ -104,7 +107,7 @@ def test_starts_at_zero_with_one_kernel_a_domain(kind):
         assert layer.stacked == ("weight_residual",)
     else:
         assert layer.stacked == ("weight_residual", "bias_residual")
-        assert torch.equal(layer.bias_residual, torch.zeros(K, 4))
+        assert torch.equal(layer.get_parameter("bias_residual"), torch.zeros(K, 4))
 
 
 def test_the_stem_has_no_bias_of_its_own():
@@ -128,7 +131,7 @@ def test_under_autocast_the_kernel_is_added_up_in_float32():
     with torch.no_grad():
         layer.shared.weight.fill_(1.0)
         layer.weight_residual.fill_(2.0**-12 - 1)
-        layer.bias_residual.copy_(-layer.bias.expand(K, -1))
+        layer.get_parameter("bias_residual").copy_(-layer.get_parameter("shared.bias"))
     layer.switch.selection = Selection.of(torch.tensor([0, 1]), K)
     x = draw(2).float()
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -1,0 +1,205 @@
+"""Before any averaging: is this update what was asked for, from whom, and is it harmless?
+
+One bad site never stops a round: every refusal is a value with one reason and is recorded.
+Denormal numbers are accepted as they are; flushing them would change what a site has signed off.
+A norm limit bounds how far one site can pull; it does not recognise a wrong direction.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Annotated
+
+import torch
+from pydantic import Field, NonNegativeInt, field_validator
+from torch import Tensor
+
+from uharmony_model.errors import PayloadError
+from uharmony_model.exchange.payload import (
+    CodecName,
+    Kind,
+    Manifest,
+    decode_body,
+    max_payload_bytes,
+    open_payload,
+)
+from uharmony_model.exchange.schema import Schema
+from uharmony_model.frozen import Frozen
+
+CASES = "cases"  # the manifest value with the number of training cases
+_BLOCK = 1 << 16
+_MAX_DETAIL = 300
+
+
+class RefusalReason(StrEnum):
+    """Why an answer does not count. Codes are stable: reports and records hold them."""
+
+    NOT_AGREED = "not_agreed"  # another study, exchange format or version at hello
+    DAMAGED = "damaged"
+    WRONG_KIND = "wrong_kind"
+    WRONG_STUDY = "wrong_study"
+    WRONG_ROUND = "wrong_round"
+    WRONG_BASE = "wrong_base"
+    WRONG_SITE = "wrong_site"
+    WRONG_SCHEMA = "wrong_schema"
+    WRONG_CODEC = "wrong_codec"
+    NOT_FINITE = "not_finite"
+    NORM_TOO_LARGE = "norm_too_large"
+    BAD_CASE_COUNT = "bad_case_count"
+    DUPLICATE = "duplicate"  # a second answer of a site in one round; found by the round
+    SITE_ERROR = "site_error"  # the site itself says that it failed; reported by the round
+    OVERSIZED = "oversized"
+
+
+class Refusal(Frozen):
+    """An answer that does not count. `detail` is one printable line, whatever was received."""
+
+    site: str
+    round: NonNegativeInt
+    reason: RefusalReason
+    detail: Annotated[str, Field(max_length=_MAX_DETAIL)]
+
+    @field_validator("site", "detail", mode="before")
+    @classmethod
+    def _printable(cls, text: object) -> object:
+        # Foreign text ends in logs and reports: no line breaks, escapes or direction marks.
+        if not isinstance(text, str):
+            return text
+        return "".join(c if " " <= c <= "~" else "?" for c in text[:_MAX_DETAIL])
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What an update has to be; `site` is who the connection proves it is."""
+
+    site: str
+    study: str
+    round: int
+    base: str
+    schema: Schema | None
+    codec: CodecName
+    max_cases: int
+    norm_limit: float | None
+
+    def refuse(self, reason: RefusalReason, detail: str) -> Refusal:
+        """This answer does not count, for this reason."""
+        return Refusal(site=self.site, round=self.round, reason=reason, detail=detail)
+
+
+@dataclass(frozen=True, eq=False)
+class Admitted:
+    """An update that counts: its delta `(n,)`, read-only, and the weight it asks for."""
+
+    site: str
+    cases: int
+    flat: Tensor
+    norm: float
+    bytes: int
+
+
+@dataclass(frozen=True)
+class AdmittedMetrics:
+    """A site's means over cases, named `split/site/domain/class/metric`."""
+
+    site: str
+    values: Mapping[str, float | int | None]
+
+
+def norm_limit(past_norms: Sequence[float], bound: float) -> float | None:
+    """`bound` times the median norm of the updates admitted so far; None while there are none."""
+    median = statistics.median(past_norms) if past_norms else 0.0
+    return bound * median if median > 0 else None
+
+
+def admit(buffer: object, expected: Expected) -> Admitted | Refusal:
+    """Check an update; nothing that a sender can put into the bytes raises an error."""
+    opened = _open(buffer, expected, Kind.UPDATE)
+    if isinstance(opened, Refusal):
+        return opened
+    manifest, flat = opened
+    refuse = expected.refuse
+    cases = manifest.values.get(CASES)
+    if type(cases) is not int or not 1 <= cases <= expected.max_cases:
+        return refuse(
+            RefusalReason.BAD_CASE_COUNT,
+            f"{CASES} is {cases!r}, expected a whole number from 1 to {expected.max_cases}",
+        )
+    norm = _norm(flat)
+    if not math.isfinite(norm):
+        return refuse(RefusalReason.NOT_FINITE, "the update holds NaN or infinite numbers")
+    if expected.norm_limit is not None and norm > expected.norm_limit:
+        return refuse(
+            RefusalReason.NORM_TOO_LARGE,
+            f"norm {norm:.4g} exceeds {expected.norm_limit:.4g}, set by the rounds before",
+        )
+    return Admitted(expected.site, cases, flat, norm, _size(buffer))
+
+
+def admit_metrics(buffer: object, expected: Expected) -> AdmittedMetrics | Refusal:
+    """Check a site's metrics: they carry named values and no tensor. Never raises."""
+    opened = _open(buffer, replace(expected, schema=None, codec="fp32"), Kind.METRICS)
+    if isinstance(opened, Refusal):
+        return opened
+    return AdmittedMetrics(expected.site, opened[0].values)
+
+
+def _open(buffer: object, expected: Expected, kind: Kind) -> tuple[Manifest, Tensor] | Refusal:
+    """What all kinds share: bytes that are whole, of this size, and what was asked for."""
+    if not isinstance(buffer, bytes | bytearray | memoryview):
+        got = type(buffer).__name__
+        return expected.refuse(RefusalReason.DAMAGED, f"expected bytes, got {got}")
+    limit = max_payload_bytes(expected.schema)
+    if len(buffer) > limit:
+        return expected.refuse(
+            RefusalReason.OVERSIZED, f"{len(buffer)} bytes, at most {limit} for this study"
+        )
+    try:
+        manifest, body = open_payload(buffer, max_bytes=limit)
+        problem = _mismatch(manifest, expected, kind)
+        if problem:
+            return expected.refuse(*problem)
+        return manifest, decode_body(manifest, body, expected.schema)
+    except PayloadError as error:
+        return expected.refuse(RefusalReason.DAMAGED, str(error))
+
+
+def _size(buffer: object) -> int:
+    return len(buffer) if isinstance(buffer, bytes | bytearray | memoryview) else 0
+
+
+def _mismatch(
+    manifest: Manifest, expected: Expected, kind: Kind
+) -> tuple[RefusalReason, str] | None:
+    schema = expected.schema
+    checks: tuple[tuple[RefusalReason, object, object], ...] = (
+        (RefusalReason.WRONG_KIND, manifest.kind.value, kind.value),
+        (RefusalReason.WRONG_STUDY, manifest.study, expected.study),
+        (RefusalReason.WRONG_SITE, manifest.site, expected.site),
+        (RefusalReason.WRONG_ROUND, manifest.round, expected.round),
+        (RefusalReason.WRONG_BASE, manifest.base, expected.base),
+        (RefusalReason.WRONG_SCHEMA, manifest.schema_digest, schema.digest if schema else ""),
+        (RefusalReason.WRONG_SCHEMA, manifest.numel, schema.numel if schema else 0),
+        (RefusalReason.WRONG_CODEC, manifest.codec, expected.codec),
+    )
+    for reason, got, wanted in checks:
+        if got != wanted:
+            return reason, f"got {got!r:.80}, expected {wanted!r:.80}"
+    return None
+
+
+def _norm(flat: Tensor) -> float:
+    """The Euclidean norm of `(n,)`; finite exactly when every element is."""
+    total = 0.0
+    for block in torch.split(flat, _BLOCK):
+        square = torch.dot(block, block).item()
+        if not math.isfinite(square):
+            # Squares do not cancel, so a finite sum proves finite elements. Only a sum that is
+            # not finite may have overflowed float32; in float64 finite elements cannot.
+            wide = block.double()
+            square = torch.dot(wide, wide).item()
+        total += square
+    return math.sqrt(total) if math.isfinite(total) else math.inf

@@ -1,0 +1,60 @@
+"""From a site's named scalars to records: only what the study knows is taken."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+from pydantic import ValidationError
+
+from uharmony_model.errors import ExchangeError
+from uharmony_model.study import Split, Study
+from uharmony_server.admission import AdmittedMetrics
+from uharmony_server.records import Record
+
+_SPLITS = get_args(Split)
+_KEYS = {"arm", "seed", "round", "site", "domain", "split", "class_"}
+METRICS = frozenset(Record.model_fields) - _KEYS
+
+
+def records_from_metrics(study: Study, round_: int, metrics: AdmittedMetrics) -> list[Record]:
+    """One record for each split, site, domain and class that `metrics` speaks of.
+
+    A site may speak of itself only; where a study pools the cases of several sites in one place,
+    that place speaks of all.
+
+    Raises:
+        ExchangeError: a name or a value that the study does not allow.
+    """
+    groups: dict[tuple[str, str, str, str], dict[str, float | int | None]] = {}
+    for name, value in metrics.values.items():
+        parts = name.split("/")
+        if len(parts) != 5:
+            raise ExchangeError(f"metric {name!r:.80}: expected split/site/domain/class/metric")
+        split, site, domain, class_name, metric = parts
+        if (
+            split not in _SPLITS
+            or class_name not in study.task.classes
+            or metric not in METRICS
+            or not (study.plan.pooled or site == metrics.site)
+        ):
+            raise ExchangeError(f"metric {name!r:.120}: not one that this study has at this site")
+        groups.setdefault((split, site, domain, class_name), {})[metric] = value
+    try:
+        return [
+            Record.model_validate(
+                {
+                    "arm": study.method,
+                    "seed": study.seed,
+                    "round": round_,
+                    "split": split,
+                    "site": site,
+                    "domain": domain,
+                    "class": class_name,
+                    **values,
+                }
+            )
+            for (split, site, domain, class_name), values in sorted(groups.items())
+        ]
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ExchangeError(f"metric {first['loc']!r:.80}: {first['msg']:.120}") from None

@@ -1,0 +1,324 @@
+"""The coordinator's file that speaks Flower: a Strategy whose decisions are pure functions.
+
+Flower moves messages; what may be counted is decided by `admission`, what becomes of it by
+`aggregate`. One site's bad, late or missing answer is recorded with a reason and the round goes
+on; only a missing quorum stops it. Answers are consumed one at a time, so that memory does not
+grow with the number of sites.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from pydantic import ValidationError
+
+from uharmony_model.errors import ExchangeError, QuorumError
+from uharmony_model.exchange.hello import Hello, check_hello
+from uharmony_model.exchange.instruction import Instruction
+from uharmony_model.exchange.payload import Kind, encode, quantize
+from uharmony_model.study import Split, Study
+from uharmony_server.admission import (
+    Admitted,
+    Expected,
+    Refusal,
+    RefusalReason,
+    admit,
+    admit_metrics,
+    norm_limit,
+)
+from uharmony_server.aggregate import WeightedSum
+from uharmony_server.checkpoint import Checkpoint
+from uharmony_server.metrics import records_from_metrics
+
+GROUP = 8  # admitted updates that are held at once; the sum does not depend on it
+
+
+class HarmonyStrategy(Strategy):
+    """FedAvg over the shared backbone, with admission, quorum and a fixed order of sites."""
+
+    def __init__(self, study: Study, state: Checkpoint) -> None:
+        self.study = study
+        self.schema = state.schema
+        self.state = state
+        self.nodes: dict[int, str] = {}
+        self._payload: tuple[int, str, bytes] | None = None
+
+    # --- joining -------------------------------------------------------------------------------
+
+    def greet(self, grid: Grid, *, timeout: float | None = None) -> dict[int, str]:
+        """Ask every node who it is and what it agreed to; refuse those that differ.
+
+        Raises:
+            QuorumError: fewer sites than the study needs can take part.
+        """
+        text = Instruction(action="hello", study=self.study.digest, round=0, base="").to_json()
+        content = RecordDict({"instruction": ConfigRecord({"json": text})})
+        messages = [
+            Message(content, node, "query.hello", group_id="hello")
+            for node in sorted(grid.get_node_ids())
+        ]
+        self.nodes = {}
+        for reply in grid.send_and_receive(messages, timeout=timeout):
+            node = reply.metadata.src_node_id
+            try:
+                hello = _hello_of(reply)
+                check_hello(hello, self.study.digest)
+            except ExchangeError as error:
+                self._refuse(_refusal(f"node-{node}", 0, RefusalReason.NOT_AGREED, str(error)))
+                continue
+            if hello.site in self.nodes.values():
+                detail = f"two nodes call themselves {hello.site}; the first one counts"
+                self._refuse(_refusal(hello.site, 0, RefusalReason.DUPLICATE, detail))
+                continue
+            self.nodes[node] = hello.site
+        needed = self.study.federation.min_sites
+        if len(self.nodes) < needed:
+            why = "; ".join(f"{r.site}: {r.detail}" for r in self.state.refusals if r.round == 0)
+            raise QuorumError(
+                f"{len(self.nodes)} sites joined, the study needs {needed} ({why or 'no answers'})"
+            )
+        return self.nodes
+
+    # --- training ------------------------------------------------------------------------------
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """One instruction a site, in the order of their names; the weights travel as one array."""
+        order = Instruction(
+            action="train", study=self.study.digest, round=server_round, base=self.state.digest
+        )
+        return self._messages(order, "train", arrays)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """`global' = base + sum_k w_k delta_k` over the admitted updates, sorted by site.
+
+        Raises:
+            QuorumError: fewer sites or cases were admitted than the study needs.
+        """
+        total = WeightedSum(self.schema.numel)
+        group: list[Admitted] = []
+        admitted: dict[str, tuple[int, float]] = {}
+        size = 0
+        for site, reply in self._in_order(replies):
+            verdict = self._judge(site, reply, server_round)
+            if isinstance(verdict, Refusal):
+                self._refuse(verdict)
+                continue
+            admitted[site] = (verdict.cases, verdict.norm)
+            size += verdict.bytes
+            group.append(verdict)
+            if len(group) == GROUP:
+                self._add(total, group)
+        self._add(total, group)
+        self._require_quorum(server_round, admitted)
+        weights = total.apply(self.state.global_)
+        # The lossy downlink belongs to the study: what is sent is what counts.
+        if self.study.codec.down != "fp32":
+            step = quantize(weights - self.state.global_, self.study.codec.down)
+            weights = self.state.global_ + step
+        self.state = replace(
+            self.state,
+            round=server_round,
+            global_=weights,
+            norms=(*self.state.norms, *(norm for _, norm in admitted.values())),
+            bytes_up=(*self.state.bytes_up, size),
+        )
+        return self.arrays(), MetricRecord(
+            {"sites": len(admitted), "cases": sum(c for c, _ in admitted.values())}
+        )
+
+    # --- evaluation ----------------------------------------------------------------------------
+
+    def splits_due(self, round_: int) -> tuple[Split, ...]:
+        """The test split is touched once, after the last round."""
+        every, last = self.study.evaluation.every, self.study.training.rounds
+        shares = self.study.evaluation
+        due: list[Split] = []
+        if shares.validation > 0 and (round_ == last or (every and round_ % every == 0)):
+            due.append("validation")
+        if shares.test > 0 and round_ == last:
+            due.append("test")
+        return tuple(due)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Ask every site to measure the new weights with its own parameters, when it is due."""
+        splits = self.splits_due(server_round)
+        if not splits:
+            return []
+        order = Instruction(
+            action="evaluate",
+            study=self.study.digest,
+            round=server_round,
+            base=self.state.digest,
+            final=server_round == self.study.training.rounds,
+            splits=splits,
+        )
+        return self._messages(order, "evaluate", arrays)
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Keep every site's means as records; a site that could not measure is named."""
+        records: list[dict[str, object]] = []
+        for site, reply in self._in_order(replies):
+            payload = _payload_of(reply)
+            verdict = (
+                _refusal_of(reply, site, server_round)
+                if payload is None
+                else admit_metrics(payload, self._expected(site, server_round))
+            )
+            if isinstance(verdict, Refusal):
+                self._refuse(verdict)
+                continue
+            try:
+                found = records_from_metrics(self.study, server_round, verdict)
+            except ExchangeError as error:
+                reason = RefusalReason.WRONG_SCHEMA
+                self._refuse(_refusal(site, server_round, reason, str(error)))
+                continue
+            records += [record.model_dump(mode="json", by_alias=True) for record in found]
+        self.state = replace(self.state, records=(*self.state.records, *records))
+        dice = [r["dice"] for r in records if isinstance(r["dice"], float)]
+        return MetricRecord({"dice": statistics.fmean(dice)}) if dice else None
+
+    def summary(self) -> None:
+        """Nothing is printed: progress belongs to the command, records to the report."""
+
+    def arrays(self) -> ArrayRecord:
+        """The current global weights as they travel: one flat array with its manifest."""
+        base, round_ = self.state.digest, self.state.round
+        if self._payload is None or self._payload[:2] != (round_, base):
+            data = encode(
+                kind=Kind.MODEL,
+                study=self.study.digest,
+                round=round_,
+                site="server",
+                base=base,
+                codec="fp32",
+                schema=self.schema,
+                values={},
+                flat=self.state.global_,
+            )
+            self._payload = (round_, base, data)
+        data = self._payload[2]
+        array = Array("uint8", (len(data),), "uharmony.payload", data)
+        return ArrayRecord({"payload": array})
+
+    # --- parts ---------------------------------------------------------------------------------
+
+    def _judge(self, site: str, reply: Message, round_: int) -> Admitted | Refusal:
+        payload = _payload_of(reply)
+        if payload is None:
+            return _refusal_of(reply, site, round_)
+        return admit(payload, self._expected(site, round_))
+
+    def _expected(self, site: str, round_: int) -> Expected:
+        federation = self.study.federation
+        return Expected(
+            site=site,
+            study=self.study.digest,
+            round=round_,
+            base=self.state.digest,
+            schema=self.schema,
+            codec=self.study.codec.up,
+            max_cases=federation.max_cases,
+            norm_limit=norm_limit(self.state.norms, federation.norm_bound),
+        )
+
+    def _add(self, total: WeightedSum, group: list[Admitted]) -> None:
+        by_cases = self.study.federation.weighting == "cases"
+        total.add([u.flat for u in group], [float(u.cases) if by_cases else 1.0 for u in group])
+        group.clear()
+
+    def _require_quorum(self, round_: int, admitted: Mapping[str, tuple[int, float]]) -> None:
+        need, cases = self.study.federation, sum(c for c, _ in admitted.values())
+        if len(admitted) < need.min_sites or cases < need.min_cases or not admitted:
+            reasons = "; ".join(
+                f"{r.site}: {r.reason}" for r in self.state.refusals if r.round == round_
+            )
+            raise QuorumError(
+                f"round {round_}: {len(admitted)} sites with {cases} cases were admitted, the "
+                f"study needs {need.min_sites} sites and {need.min_cases} cases "
+                f"({reasons or 'no answers'})"
+            )
+
+    def _messages(self, order: Instruction, kind: str, arrays: ArrayRecord) -> Iterator[Message]:
+        for node, _ in sorted(self.nodes.items(), key=lambda item: item[1]):
+            content = RecordDict(
+                {"instruction": ConfigRecord({"json": order.to_json()}), "payload": arrays}
+            )
+            yield Message(content, node, kind, group_id=str(order.round))
+
+    def _in_order(self, replies: Iterable[Message]) -> Iterator[tuple[str, Message]]:
+        """Replies by site name. A generator in that order stays lazy; a list is sorted."""
+        if isinstance(replies, (list, tuple)):
+            replies = sorted(replies, key=lambda r: self.nodes.get(r.metadata.src_node_id, ""))
+        last = ""
+        for reply in replies:
+            site = self.nodes.get(reply.metadata.src_node_id)
+            if site is None:
+                node = f"node-{reply.metadata.src_node_id}"
+                detail = "a node that never said who it is"
+                self._refuse(_refusal(node, self.state.round, RefusalReason.WRONG_SITE, detail))
+                continue
+            if site == last:
+                detail = "a second answer in the same round; the first one counts"
+                self._refuse(_refusal(site, self.state.round, RefusalReason.DUPLICATE, detail))
+                continue
+            if site < last:
+                raise ExchangeError(f"answers out of order: {site} after {last}; sort them first")
+            last = site
+            yield site, reply
+
+    def _refuse(self, refusal: Refusal) -> None:
+        self.state = replace(self.state, refusals=(*self.state.refusals, refusal))
+
+
+def _refusal(site: str, round_: int, reason: RefusalReason, detail: str) -> Refusal:
+    return Refusal(site=site, round=round_, reason=reason, detail=detail)
+
+
+def _payload_of(reply: Message) -> bytes | None:
+    """The payload bytes of an answer, or None when it carries none."""
+    if not reply.has_content() or "payload" not in reply.content:
+        return None
+    record = reply.content["payload"]
+    if not isinstance(record, ArrayRecord) or set(record) != {"payload"}:
+        return None
+    return record["payload"].data
+
+
+def _refusal_of(reply: Message, site: str, round_: int) -> Refusal:
+    """Why a site sent no payload: its own reason, or Flower's error."""
+    return _refusal(site, round_, RefusalReason.SITE_ERROR, _why_nothing(reply))
+
+
+def _why_nothing(reply: Message) -> str:
+    if reply.has_error():
+        return f"error {reply.error.code}: {reply.error.reason}"
+    if "refusal" not in reply.content:
+        return "an answer without content"
+    try:
+        return str(json.loads(str(reply.content["refusal"]["json"]))["detail"])
+    except (ValueError, KeyError, TypeError):
+        return "a refusal that cannot be read"
+
+
+def _hello_of(reply: Message) -> Hello:
+    if not reply.has_content() or "hello" not in reply.content:
+        raise ExchangeError(f"no hello: {_why_nothing(reply)}")
+    try:
+        return Hello.model_validate_json(str(reply.content["hello"]["json"])[:4096])
+    except (ValidationError, KeyError):
+        raise ExchangeError("a hello that cannot be read; install the same version") from None

@@ -1,0 +1,46 @@
+"""What the server asks a site to do. Data, never code."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt
+
+from uharmony_model.exchange.canonical import (
+    Digest,
+    OptionalDigest,
+    canonical_json,
+    parse_canonical,
+)
+from uharmony_model.frozen import Frozen
+from uharmony_model.study import Split
+
+MAX_INSTRUCTION_BYTES = 4096
+
+
+class Instruction(Frozen):
+    """One request: say hello, train a round from the global weights `base`, or evaluate them.
+
+    `final` asks for what is done once, after the last round; `splits` says on which cases to
+    evaluate.
+    """
+
+    action: Literal["hello", "train", "evaluate"]
+    study: Digest
+    round: Annotated[NonNegativeInt, Field(lt=2**31)]
+    base: OptionalDigest = ""
+    final: bool = False
+    splits: tuple[Split, ...] = ()
+
+    def to_json(self) -> str:
+        """The canonical text, as it is sent."""
+        return canonical_json(self)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Instruction:
+        """Read what was sent.
+
+        Raises:
+            PayloadError: the text is too long or is not the canonical text of an instruction.
+        """
+        return parse_canonical(cls, text, what="instruction", max_bytes=MAX_INSTRUCTION_BYTES)

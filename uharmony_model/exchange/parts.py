@@ -1,0 +1,87 @@
+"""What each tensor of a network is, by the type of the module that owns it, never by its name.
+
+Rules on names (`"bn" in key`) silently become plain averaging on a network that names its norms
+otherwise. So every type is listed here, and a tensor of any other module is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from monai.networks.nets.swin_unetr import WindowAttention
+from torch import nn
+
+from uharmony_model.errors import PartitionError
+from uharmony_model.harmonic_layer import HarmonicNorm
+from uharmony_model.methods import Part
+from uharmony_model.residual_conv import ResidualConv
+
+_WEIGHTS = {"weight": Part.BACKBONE, "bias": Part.BACKBONE}
+_NORM = {
+    "weight": Part.NORM_AFFINE,
+    "bias": Part.NORM_AFFINE,
+    "running_mean": Part.NORM_STATISTICS,
+    "running_var": Part.NORM_STATISTICS,
+    "num_batches_tracked": Part.NORM_STATISTICS,
+}
+_HARMONIC = {
+    "polynomial": Part.POLYNOMIAL,
+    "gain": Part.PHI,
+    "shift": Part.PHI,
+    "rho": Part.PHI,
+    "lam": Part.PHI,
+}
+_ATTENTION = {
+    "relative_position_bias_table": Part.BACKBONE,
+    "relative_position_index": Part.INDEX,
+}
+_RULES: tuple[tuple[tuple[type[nn.Module], ...], Mapping[str, Part]], ...] = (
+    ((HarmonicNorm,), _HARMONIC),
+    ((nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.PReLU), _WEIGHTS),
+    ((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), _WEIGHTS),
+    ((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm), _NORM),
+    ((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), _NORM),
+    ((nn.GroupNorm, nn.LayerNorm), _NORM),
+    ((WindowAttention,), _ATTENTION),
+)
+
+
+def part_of(model: nn.Module) -> dict[str, Part]:
+    """The part of every tensor in the model's state dict, by key.
+
+    Raises:
+        PartitionError: a tensor belongs to a module whose type has no rule here.
+    """
+    # A tied tensor has several keys, as in the state dict; each is classified by its own owner.
+    owners = dict(_owners(model))
+    parts = {}
+    for key in model.state_dict():
+        module, name = owners.get(key, (model, key))
+        part = _classify(module, name)
+        if part is None:
+            raise PartitionError(
+                f"{key}: nobody said whether tensor '{name}' of a {type(module).__name__} may "
+                "leave a site; add a rule for its type to uharmony_model/exchange/parts.py"
+            )
+        parts[key] = part
+    return parts
+
+
+def _owners(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, str]]]:
+    for path, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{path}." if path else ""
+        for tensors in (
+            module.named_parameters(recurse=False, remove_duplicate=False),
+            module.named_buffers(recurse=False, remove_duplicate=False),
+        ):
+            for name, _ in tensors:
+                yield prefix + name, (module, name)
+
+
+def _classify(module: nn.Module, name: str) -> Part | None:
+    if isinstance(module, ResidualConv):
+        return module.part if name in {"weight_residual", "bias_residual"} else None
+    for types, parts in _RULES:
+        if isinstance(module, types):
+            return parts.get(name)
+    return None
