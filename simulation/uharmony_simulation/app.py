@@ -1,0 +1,107 @@
+"""`uharmony-simulate`: the federation in one process, on one GPU or a few cores."""
+
+from __future__ import annotations
+
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from uharmony_client.command_line import run as run_command
+from uharmony_model.allocator import keep_freed_pages
+from uharmony_model.errors import ConfigError
+from uharmony_model.methods import METHODS
+from uharmony_server.summary import summary_table
+from uharmony_simulation.arms import Machine
+from uharmony_simulation.progress import make_progress
+from uharmony_simulation.run import run_study
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="Run a federation in one process, with every baseline on the same splits and steps.",
+)
+
+
+class Engine(StrEnum):
+    """Who runs the sites."""
+
+    inprocess = "inprocess"
+    ray = "ray"
+
+
+class Output(StrEnum):
+    """How progress is told."""
+
+    auto = "auto"
+    text = "text"
+    json = "json"
+
+
+@app.callback()
+def _root() -> None:
+    """Keep `run` a subcommand while it is the only one."""
+
+
+@app.command()
+def run(
+    study: Annotated[Path, typer.Argument(help="study.yaml with a simulation: section")],
+    out: Annotated[Path, typer.Option(help="folder for records, checkpoints and the report")],
+    data: Annotated[
+        Path | None, typer.Option(help="folder of volumes, for studies that read one")
+    ] = None,
+    arm: Annotated[
+        list[str] | None, typer.Option(help=f"one or more of: {', '.join(METHODS)}")
+    ] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option(help="one or more; the study's when left out")
+    ] = None,
+    engine: Annotated[
+        Engine, typer.Option(help="sites in turn in this process, or Ray workers")
+    ] = Engine.inprocess,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with what is in --out")] = False,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="torch threads; all cores when left out")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    output: Annotated[
+        Output, typer.Option(help="auto: bars on a terminal, else JSON lines")
+    ] = Output.auto,
+) -> None:
+    """Run one or more arms of a study and write results.json, cases.csv and report.html."""
+    unknown = sorted(set(arm or ()) - set(METHODS))
+    if unknown:
+        raise ConfigError(f"--arm {unknown[0]}: unknown; known are {', '.join(METHODS)}")
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"--device {device}: unknown; known are auto, cpu, cuda")
+    keep_freed_pages()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = threads or cores or 1
+    torch.set_num_threads(threads)
+    parallel = max(1, (cores or 1) // threads)
+    console = Console()
+    with make_progress(console, output.value) as progress:
+        records = run_study(
+            study,
+            out,
+            data=data,
+            arms=arm or (),
+            seeds=seed or (),
+            machine=Machine(threads, device, engine.value, parallel),
+            resume=resume,
+            progress=progress,
+        )
+    if output is Output.text or (output is Output.auto and console.is_terminal):
+        console.print(summary_table(records))
+        console.print(
+            f"results  {out / 'results.json'}\nreport   {out / 'report.html'}", highlight=False
+        )
+
+
+def main() -> None:
+    """The console command."""
+    run_command(app)

@@ -1,0 +1,169 @@
+"""One arm: one method, one seed, the same sites, the same splits, an equal number of steps."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from flwr.app import Context
+from flwr.serverapp import Grid
+
+from uharmony_client.case_figures import draw_site_cases
+from uharmony_client.flower_app import OnStep, make_client_app
+from uharmony_client.model_bundle import save_bundle
+from uharmony_client.site import Opened, Site
+from uharmony_client.site_config import load_site
+from uharmony_client.workbench import site_parameters
+from uharmony_model.atomic import write_atomic
+from uharmony_model.exchange.partition import Partition
+from uharmony_model.exchange.schema import Schema, flatten, unflatten
+from uharmony_model.networks import build_network
+from uharmony_model.study import Study
+from uharmony_server.checkpoint import Checkpoint
+from uharmony_server.rounds import OnRound, run_rounds
+from uharmony_simulation.engine import InProcessGrid, site_of
+from uharmony_simulation.ray_engine import run_with_ray
+from uharmony_simulation.sites import POOLED
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the sites of a simulation share: threads, a device, an engine."""
+
+    threads: int
+    device: str = "auto"
+    engine: str = "inprocess"
+    parallel: int = 1
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A method with a seed, as the study that its sites agree to."""
+
+    name: str
+    seed: int
+    study: Study
+    sites: tuple[str, ...]
+
+    @classmethod
+    def of(cls, study: Study, name: str, seed: int, sites: Sequence[str]) -> Arm:
+        """The study under another method. Pooled training takes the sum of all sites' steps."""
+        changed = Study.model_validate({**study.model_dump(), "method": name, "seed": seed})
+        if not changed.plan.pooled:
+            return cls(name, seed, changed, tuple(sites))
+        steps = study.training.local_steps * len(sites)
+        training = changed.training.model_copy(update={"local_steps": steps})
+        federation = changed.federation.model_copy(update={"min_sites": 1})
+        changed = changed.model_copy(update={"training": training, "federation": federation})
+        return cls(name, seed, changed, (POOLED,))
+
+
+class SiteOpener:
+    """Opens the site a node stands for; picklable, so that Ray's workers open theirs alike."""
+
+    def __init__(self, arm: Arm, sites: Path, machine: Machine) -> None:
+        self._arm, self._folder, self._machine = arm, sites, machine
+
+    def __call__(self, context: Context) -> Site:
+        """The opened site; its volumes stay open for the arms that follow."""
+        if torch.get_num_threads() != self._machine.threads:
+            torch.set_num_threads(self._machine.threads)
+        name = site_of(context, dict(enumerate(sorted(self._arm.sites))))
+        return self.named(name)
+
+    def named(self, name: str, on_case: Opened | None = None) -> Site:
+        """The opened site of this name."""
+        key = (str(self._folder / name), self._machine.device)
+        if key not in _OPENED:
+            config = load_site(self._folder / name / "site.yaml")
+            resources = config.resources.model_copy(update={"device": self._machine.device})
+            config = config.model_copy(update={"resources": resources})
+            own = name != POOLED
+            _OPENED[key] = Site.open(config, self._arm.study, own_cases_only=own, on_case=on_case)
+        return _OPENED[key].with_study(self._arm.study)
+
+    def open_all(self, on_case: Opened) -> None:
+        """Open every site of the arm, which prepares volumes that are not prepared yet."""
+        for name in self._arm.sites:
+            self.named(name, on_case)
+
+
+# Memory maps and case tables only: a few kilobytes a case, the same for every arm of a run.
+_OPENED: dict[tuple[str, str], Site] = {}
+
+
+def run_arm(
+    arm: Arm,
+    sites: Path,
+    folder: Path,
+    machine: Machine,
+    *,
+    on_round: OnRound | None = None,
+    on_step: OnStep | None = None,
+) -> None:
+    """Run an arm to its end in `folder`, from wherever it stands, and leave its outcome there.
+
+    `server/` holds the checkpoints, `model/` what `uharmony-predict` reads, `figures/` two cases
+    a site, and `done.json` is written last.
+    """
+    started = time.monotonic()
+    schema, initial = initial_weights(arm.study)
+    opener = SiteOpener(arm, sites, machine)
+
+    def main(grid: Grid) -> Checkpoint:
+        return run_rounds(arm.study, schema, initial, grid, folder / "server", on_round=on_round)
+
+    if machine.engine == "ray":
+        state = run_with_ray(
+            main,
+            make_client_app(opener),
+            len(arm.sites),
+            threads=machine.threads,
+            parallel=machine.parallel,
+        )
+    else:
+        app = make_client_app(opener, on_step=on_step)
+        state = main(InProcessGrid(app, arm.sites))
+    _keep_model(arm, schema, state, opener, folder)
+    outcome = {
+        "arm": arm.name,
+        "seed": arm.seed,
+        "study": arm.study.digest,
+        "weights": state.digest,
+        "seconds": round(time.monotonic() - started, 1),
+        "bytes_up": list(state.bytes_up),
+        "records": [{**record, "arm": arm.name, "seed": arm.seed} for record in state.records],
+        "refusals": [{"arm": arm.name, **r.model_dump(mode="json")} for r in state.refusals],
+    }
+    write_atomic(folder / "done.json", json.dumps(outcome, indent=1).encode(), mode=0o644)
+
+
+def initial_weights(study: Study) -> tuple[Schema, torch.Tensor]:
+    """The shared tensors of a freshly built network: what round 1 starts from.
+
+    Shared tensors do not depend on the number of domains, so any name serves here.
+    """
+    network = build_network(study, ("any",), seed=study.seed)
+    partition = Partition.of(network, study.plan.local)
+    shared, _ = partition.split(network.state_dict())
+    return partition.shared_schema, flatten(shared, partition.shared_schema)
+
+
+def _keep_model(
+    arm: Arm, schema: Schema, state: Checkpoint, opener: SiteOpener, folder: Path
+) -> None:
+    """The model to hand out, and two pictures a site, from the last round."""
+    opened = [opener.named(name) for name in arm.sites]
+    shared = unflatten(state.global_, schema)
+    local = {s.name: site_parameters(s, after_round=state.round) for s in opened}
+    domains = {s.name: s.domains for s in opened}
+    save_bundle(folder / "model", arm.study, shared, local, domains)
+    for site in opened:
+        network = build_network(arm.study, site.domains, seed=arm.seed).to(site.device)
+        partition = Partition.of(network, arm.study.plan.local)
+        network.load_state_dict(partition.merge(shared, local[site.name]))
+        draw_site_cases(network, site, state.round, folder / "figures")

@@ -1,0 +1,64 @@
+"""The `simulation:` section of a study file: where volumes come from and how sites differ.
+
+No site consents to it and no hospital needs it; it only says how to make the sites of a study
+out of data that lies in one place.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+
+from uharmony_model.frozen import Frozen
+from uharmony_model.study import Name
+
+
+class ScannerSettings(Frozen):
+    """How far a site's simulated scanner is from the original; 0 is the identity."""
+
+    strength: NonNegativeFloat = 1.0
+    invert: bool = False
+
+
+class AnatomySite(Frozen):
+    """A hospital of the embedded default: how many cases, which scanner."""
+
+    cases: PositiveInt
+    scanner: ScannerSettings = ScannerSettings()
+
+
+class AnatomySource(Frozen):
+    """Real anatomy that ships inside a package, with lesions of known extent."""
+
+    kind: Literal["anatomy"]
+    spacing_mm: PositiveFloat = 3.0
+    sites: dict[Name, AnatomySite]
+
+    @model_validator(mode="after")
+    def _some(self) -> AnatomySource:
+        if not self.sites:
+            raise ValueError("at least one site is needed")
+        return self
+
+
+class FolderSource(Frozen):
+    """Volumes in the folder given by `--data`.
+
+    `sites_from` says what makes a site: the case table's `site` column; the modality, every
+    patient at one site only; or a `random` division of patients into `random_sites`.
+    `scanners` puts a simulated scanner on a site's volumes; a site without one is unchanged.
+    """
+
+    kind: Literal["folder"]
+    sites_from: Literal["column", "modality", "random"] = "column"
+    random_sites: Annotated[int, Field(ge=1, le=1000)] = 3
+    cases_per_site: PositiveInt | None = None
+    scanners: dict[Name, ScannerSettings] = Field(default_factory=dict)
+    attribution: Annotated[str, Field(max_length=600)] = ""
+
+
+class Simulation(Frozen):
+    """The whole section."""
+
+    source: Annotated[AnatomySource | FolderSource, Field(discriminator="kind")]

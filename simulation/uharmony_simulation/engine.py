@@ -1,0 +1,106 @@
+"""A Flower Grid in this process: the sites' real ClientApp, one site after the other.
+
+Answers are produced while they are consumed, so one update is in memory at a time; there is one
+pool of threads and one model. What a site keeps lies in its own store on disk.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from uuid import uuid4
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.common.constant import SUPERLINK_NODE_ID
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+ClientAppLike = Callable[[Message, Context], Message]
+log = logging.getLogger(__name__)
+
+# Flower's code for an exception inside a ClientApp.
+CLIENT_APP_RAISED = 2
+
+
+class InProcessGrid(Grid):
+    """Nodes 1..n are the given sites, sorted by name."""
+
+    def __init__(self, app: ClientAppLike, sites: Iterable[str]) -> None:
+        # Flower stamps every message with the task of its process; a process without a task
+        # manager, like this one, names it itself, as Flower's own simulation does.
+        TaskIdentity.task_id, TaskIdentity.run_id = 1, 1
+        TaskIdentity.node_id = SUPERLINK_NODE_ID
+        self._app = app
+        self._run = Run.create_empty(run_id=1)
+        self._contexts: dict[int, Context] = {
+            node: Context(
+                run_id=1,
+                node_id=node,
+                node_config={"site": site},
+                state=RecordDict(),
+                run_config={},
+            )
+            for node, site in enumerate(sorted(sites), start=1)
+        }
+        self._pushed: dict[str, Message] = {}
+
+    def set_run(self, run: Run) -> None:
+        """Set the run whose messages this grid carries."""
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        """The run whose messages this grid carries."""
+        return self._run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """A message to one node."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """The nodes, one a site."""
+        return list(self._contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Keep messages until their answers are pulled; only then does a site work."""
+        identifiers = []
+        for message in messages:
+            identifier = str(uuid4())
+            self._pushed[identifier] = message
+            identifiers.append(identifier)
+        return identifiers
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Answer the messages with these identifiers."""
+        return [self._answer(self._pushed.pop(i)) for i in message_ids if i in self._pushed]
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterator[Message]:
+        """Answers in the order of the messages, each computed when it is asked for."""
+        for message in messages:
+            yield self._answer(message)
+
+    def _answer(self, message: Message) -> Message:
+        context = self._contexts[message.metadata.dst_node_id]
+        try:
+            return self._app(message, context)
+        except Exception as error:  # a site's defect must not end the federation
+            log.exception("site %s failed", context.node_config["site"])
+            reason = f"{type(error).__name__}: {error}"[:500]
+            return Message(Error(code=CLIENT_APP_RAISED, reason=reason), reply_to=message)
+
+
+def site_of(context: Context, sites: Mapping[int, str] | None = None) -> str:
+    """Which site a node stands for: named by this grid, numbered by Flower's Ray engine."""
+    if "site" in context.node_config:
+        return str(context.node_config["site"])
+    return (sites or {})[int(context.node_config["partition-id"])]
