@@ -1,0 +1,1 @@
+"""What the parts cost, each beside its peer in one run: `python -m benchmarks`."""
