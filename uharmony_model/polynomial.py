@@ -127,7 +127,12 @@ def _kernels(order: int, compiled: bool) -> _Kernels:
         size = x.shape[1]
         mean_g = sum((p * c[p] * sums[p - 1] for p in range(2, order + 1)), c[1] * sums[0]) / size
         mean_gz = sum((p * c[p] * sums[p] for p in range(2, order + 1)), c[1] * sums[1]) / size
-        dx = rstd * (dy * slope - mean_g - z * mean_gz)
+        # Uncompiled, every name here is a tensor of x's size: the fewer live at once, the better.
+        del weighted
+        dx = dy * slope
+        del slope
+        dx = torch.addcmul(-rstd * mean_g, dx, rstd)
+        dx = torch.addcmul(dx, z, -rstd * mean_gz)
         return dx, torch.stack(sums)
 
     if not compiled:

@@ -22,6 +22,7 @@ from uharmony_model import __version__
 from uharmony_model.atomic import recover, write_atomic
 from uharmony_model.errors import ConfigError, StoreError
 from uharmony_model.frozen import parse
+from uharmony_model.methods import METHODS
 from uharmony_model.study import Study, load_study
 from uharmony_server.admission import Refusal
 from uharmony_server.records import Record, write_results
@@ -76,7 +77,7 @@ def run_study(
                 on_step=progress.step,
             )
         progress.arm_done(arm)
-    return _publish(out, study, simulation, planned, machine)
+    return _publish(out, study, simulation, machine)
 
 
 def _folder(out: Path, arm: Arm) -> Path:
@@ -109,15 +110,13 @@ def _claim(out: Path, study: Study, resume: bool) -> None:
     write_atomic(record, study.canonical_json().encode(), mode=0o644)
 
 
-def _publish(
-    out: Path, study: Study, simulation: Simulation, planned: Sequence[Arm], machine: Machine
-) -> list[Record]:
+def _publish(out: Path, study: Study, simulation: Simulation, machine: Machine) -> list[Record]:
     """results.json, cases.csv, run.json and report.html from every finished arm in the folder."""
     outcomes = [
         json.loads(done.read_bytes()) for done in sorted((out / "arms").glob("*/seed-*/done.json"))
     ]
-    order = {arm: i for i, arm in enumerate(dict.fromkeys(a.name for a in planned))}
-    outcomes.sort(key=lambda o: (order.get(o["arm"], len(order)), o["arm"], o["seed"]))
+    order = list(METHODS)
+    outcomes.sort(key=lambda o: (order.index(o["arm"]), o["seed"]))
     records = [Record.model_validate(r) for o in outcomes for r in o["records"]]
     refusals = [
         Refusal.model_validate({k: v for k, v in r.items() if k != "arm"})

@@ -108,6 +108,11 @@ def test_an_instruction_has_this_text():
         "study": STUDY,
     }
     instruction = Instruction(
-        action="evaluate", study=STUDY, round=7, base=BASE, final=True, splits=("validation", "test")
+        action="evaluate",
+        study=STUDY,
+        round=7,
+        base=BASE,
+        final=True,
+        splits=("validation", "test"),
     )
     assert instruction.to_json() == json.dumps(fields, separators=(",", ":"))

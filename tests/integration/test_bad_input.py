@@ -11,9 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
-from tests.support.tiny import write_folder, write_study
-from uharmony_client.command_line import run
-from uharmony_simulation.app import app
+from tests.support.tiny import simulate, write_folder, write_study
 
 
 @pytest.fixture(scope="module")
@@ -22,16 +20,6 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_folder(folder / "data")
     write_study(folder / "study.yaml")
     return folder
-
-
-def simulate(capsys, *arguments: str | Path) -> tuple[int, str]:
-    """The exit code and what stderr says."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["uharmony-simulate", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            run(app)
-    code = ended.value.code
-    return (code if isinstance(code, int) else 0), capsys.readouterr().err
 
 
 def _remove_data(folder: Path) -> None:

@@ -144,7 +144,6 @@ def test_sites_with_other_domains_share_the_same_schema(layers, one, two):
 def test_renaming_a_module_never_changes_its_part(layers):
     renamed = dict(zip(reversed(ADVERSARIAL), layers.values(), strict=False))
     parts = [
-        list(part_of(built(names, ["d"], harmonised=False)).values())
-        for names in (layers, renamed)
+        list(part_of(built(names, ["d"], harmonised=False)).values()) for names in (layers, renamed)
     ]
     assert parts[0] == parts[1]

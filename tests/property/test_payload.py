@@ -26,9 +26,7 @@ NUMBERS = st.lists(st.floats(width=32, allow_nan=False), max_size=60)
 NAMES = st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), min_size=1, max_size=20)
 VALUES = st.dictionaries(
     NAMES,
-    st.none()
-    | st.integers(-(2**63), 2**63 - 1)
-    | st.floats(allow_nan=False, allow_infinity=False),
+    st.none() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False, allow_infinity=False),
     max_size=5,
 )
 
@@ -124,9 +122,7 @@ def test_any_bytes_with_a_correct_digest_are_refused(header, body):
 @given(st.binary(max_size=200), st.integers(1, 60))
 def test_any_compressed_body_is_read_exactly_or_refused(body, count):
     schema = schema_of(count)
-    header = wire.canonical(
-        wire.manifest(count, schema.digest, codec="bf16", body_bytes=len(body))
-    )
+    header = wire.canonical(wire.manifest(count, schema.digest, codec="bf16", body_bytes=len(body)))
     with pytest.raises(PayloadError):
         decode(wire.seal(wire.pad(header), body), kind=Kind.UPDATE, schema=schema)
 

@@ -11,7 +11,17 @@ from contextlib import contextmanager
 
 import pytest
 
-CHANGES_FILES = ("open", "fdopen", "fchmod", "fsync", "rename", "replace", "mkdir", "unlink", "rmdir")
+CHANGES_FILES = (
+    "open",
+    "fdopen",
+    "fchmod",
+    "fsync",
+    "rename",
+    "replace",
+    "mkdir",
+    "unlink",
+    "rmdir",
+)
 
 
 class Killed(BaseException):

@@ -8,9 +8,13 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import pytest
 import yaml
+from typer import Typer
 
+from uharmony_client.command_line import run
 from uharmony_model.study import Study
+from uharmony_simulation.app import app as simulation
 
 CASES = {"alpha": 5, "beta": 4, "gamma": 4}
 
@@ -78,3 +82,18 @@ def write_study(path: Path, **changes: Any) -> Path:
     content["simulation"] = {"source": {"kind": "folder", "sites_from": "column"}}
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     return path
+
+
+def command(capsys: pytest.CaptureFixture[str], app: Typer, *words: str | Path) -> tuple[int, str]:
+    """Run a command as its console script does: the exit code and what stderr says."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["uharmony", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            run(app)
+    code = ended.value.code
+    return (code if isinstance(code, int) else 0), capsys.readouterr().err
+
+
+def simulate(capsys: pytest.CaptureFixture[str], *words: str | Path) -> tuple[int, str]:
+    """Run uharmony-simulate."""
+    return command(capsys, simulation, *words)

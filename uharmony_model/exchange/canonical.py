@@ -26,9 +26,7 @@ def canonical_json(model: Frozen) -> str:
     Raises:
         ValueError: free-form content holds NaN or infinity, which JSON does not have.
     """
-    return json.dumps(
-        model.model_dump(), sort_keys=True, separators=(",", ":"), allow_nan=False
-    )
+    return json.dumps(model.model_dump(), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def parse_canonical(model: type[Model], text: bytes | str, *, what: str, max_bytes: int) -> Model:

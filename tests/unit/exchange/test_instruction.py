@@ -36,6 +36,11 @@ def test_every_action_comes_back(instruction):
     assert Instruction.from_json(instruction.to_json()) == instruction
 
 
+def test_the_message_names_the_field():
+    with pytest.raises(PayloadError, match=r"instruction: 'round'.*integer"):
+        Instruction.from_json(TEXT.replace('"round":4', '"round":"4"'))
+
+
 @pytest.mark.parametrize(
     "text",
     [

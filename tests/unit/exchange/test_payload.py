@@ -203,6 +203,9 @@ HOSTILE = {
     "zstd of twice the numbers": wire.seal(
         header(text(codec="bf16", body_bytes=len(FRAME(bytes(20))))), FRAME(bytes(20))
     ),
+    "bf16 with another numel": wire.seal(
+        header(text(codec="bf16", numel=6, body_bytes=len(FRAME(bytes(10))))), FRAME(bytes(10))
+    ),
     "bf16 that is raw": wire.seal(header(text(codec="bf16", body_bytes=20)), body()),
     "unknown codec": wire.payload(NUMBERS, DIGEST, codec="float64"),
     "codec pickle": wire.payload(NUMBERS, DIGEST, codec="pickle"),
@@ -285,6 +288,16 @@ def test_the_hostile_ones_have_a_correct_digest():
     for name, sent in HOSTILE.items():
         if name not in exempt:
             assert hashlib.sha256(sent[:12] + sent[44:]).digest() == sent[12:44], name
+
+
+def test_a_header_above_the_limit_is_not_even_hashed():
+    with pytest.raises(PayloadError, match="declares a header of 1048596 bytes"):
+        read(HOSTILE["header above the limit"])
+
+
+def test_a_manifest_alone_is_checked_for_sense():
+    with pytest.raises(PayloadError, match="numbers without a schema"):
+        read_manifest(HOSTILE["numbers without a schema"], max_bytes=10_000)
 
 
 def test_the_body_is_read_only():
