@@ -23,6 +23,7 @@ from uharmony_model.atomic import recover, write_atomic
 from uharmony_model.errors import ConfigError, StoreError
 from uharmony_model.frozen import parse
 from uharmony_model.methods import METHODS
+from uharmony_model.networks import check_patch
 from uharmony_model.study import Study, load_study
 from uharmony_server.admission import Refusal
 from uharmony_server.records import Record, write_results
@@ -56,6 +57,7 @@ def run_study(
     if not section:
         raise ConfigError(f"{path}: no simulation: section; it says where the volumes come from")
     simulation = parse(Simulation, section, f"{path}: simulation")
+    check_patch(study.network, study.training.patch)
     arms, seeds = list(arms) or [study.method], list(seeds) or [study.seed]
     _claim(out, study, resume)
     sites = make_sites(study, simulation, data, out / "sites", on_case=progress.making)

@@ -15,7 +15,7 @@ import torch
 import zstandard
 
 from uharmony_model.exchange.instruction import Instruction
-from uharmony_model.exchange.payload import Kind, decode, digest, encode
+from uharmony_model.exchange.payload import CodecName, Kind, decode, digest, encode
 from uharmony_model.exchange.schema import Schema, flatten
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "update_payload.txt"
@@ -53,7 +53,7 @@ def expected_payload(codec: str, body: bytes) -> bytes:
     return start + check + header + body
 
 
-def sent(codec: str) -> bytes:
+def sent(codec: CodecName) -> bytes:
     schema = Schema.of(STATE)
     return encode(
         kind=Kind.UPDATE,

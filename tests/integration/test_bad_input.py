@@ -66,6 +66,13 @@ def _unknown_key(folder: Path) -> None:
     study.write_text(yaml.safe_dump(content))
 
 
+def _patch_too_small(folder: Path) -> None:
+    study = folder / "study.yaml"
+    content = yaml.safe_load(study.read_text())
+    content["training"]["patch"] = [16, 16, 15]
+    study.write_text(yaml.safe_dump(content))
+
+
 def _truncated(folder: Path) -> None:
     path = folder / "data/images/beta_1.nii.gz"
     path.write_bytes(path.read_bytes()[:200])
@@ -80,6 +87,7 @@ def _truncated(folder: Path) -> None:
         (_other_class, 3, "9"),
         (_other_modality, 3, "CT"),
         (_unknown_key, 2, "training.epochs"),
+        (_patch_too_small, 2, "training.patch"),
         (_not_finite, 3, "beta_1"),
         (_truncated, 3, "beta_1"),
     ],

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.support import wire
 from uharmony_model.errors import PayloadError
-from uharmony_model.exchange.codec import digest, quantize
+from uharmony_model.exchange.codec import CodecName, digest, quantize
 from uharmony_model.exchange.payload import (
     Kind,
     decode,
@@ -21,7 +21,7 @@ from uharmony_model.exchange.payload import (
 )
 from uharmony_model.exchange.schema import Schema, TensorSpec, flatten, unflatten
 
-CODECS = st.sampled_from(["fp32", "bf16"])
+CODECS: st.SearchStrategy[CodecName] = st.sampled_from(["fp32", "bf16"])
 NUMBERS = st.lists(st.floats(width=32, allow_nan=False), max_size=60)
 NAMES = st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), min_size=1, max_size=20)
 VALUES = st.dictionaries(
@@ -35,7 +35,7 @@ def schema_of(count: int) -> Schema:
     return Schema(tensors=(TensorSpec(name="w", shape=(count,)),))
 
 
-def sent(numbers: list[float], codec: str, values=None) -> bytes:
+def sent(numbers: list[float], codec: CodecName, values=None) -> bytes:
     return encode(
         kind=Kind.UPDATE,
         study=wire.STUDY,
@@ -105,8 +105,7 @@ def test_any_manifest_with_a_correct_digest_is_read_exactly_or_refused(changes):
         manifest, flat = decode(
             wire.seal(wire.pad(header), struct.pack("<2f", 1, 2)), kind=Kind.UPDATE, schema=schema
         )
-    except PayloadError as error:
-        assert str(error).isprintable()
+    except PayloadError:
         return
     assert wire.canonical(manifest.model_dump(mode="json")) == header
     assert flat.tolist() == [1, 2]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 
@@ -55,7 +55,5 @@ def killed_at(at: int) -> Iterator[Countdown]:
     with pytest.MonkeyPatch.context() as patch:
         for name in CHANGES_FILES:
             patch.setattr(os, name, limited(getattr(os, name)))
-        try:
+        with suppress(Killed):
             yield countdown
-        except Killed:
-            pass

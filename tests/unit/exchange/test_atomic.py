@@ -114,15 +114,25 @@ def test_replacing_survives_an_earlier_kill_that_nobody_cleaned_up(tmp_path):
 
 
 def test_everything_is_synchronised_before_it_is_renamed(tmp_path, monkeypatch):
-    events = []
+    events: list[int] = []
+    renamed = -1
     final = tmp_path / "generation"
     temporary = filled(final, "new")
     inodes = {p.stat().st_ino for p in [temporary, *temporary.rglob("*")]}
     fsync, rename = os.fsync, os.rename
-    monkeypatch.setattr(os, "fsync", lambda fd: (events.append(os.fstat(fd).st_ino), fsync(fd))[1])
-    monkeypatch.setattr(os, "rename", lambda *a: (events.append("rename"), rename(*a))[1])
+
+    def noting_fsync(descriptor):
+        events.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def noting_rename(*paths):
+        events.append(renamed)
+        rename(*paths)
+
+    monkeypatch.setattr(os, "fsync", noting_fsync)
+    monkeypatch.setattr(os, "rename", noting_rename)
     replace_directory(temporary, final)
-    at = events.index("rename")
+    at = events.index(renamed)
     assert set(events[:at]) == inodes
     assert events[at + 1 :] == [tmp_path.stat().st_ino]
 

@@ -20,7 +20,7 @@ def bits(flat: torch.Tensor) -> list[int]:
 
 def rounded(value: float) -> int:
     """Bits of a float32 rounded to bfloat16, to nearest, ties to even, written out as integers."""
-    word = struct.unpack("<I", struct.pack("<f", value))[0]
+    word = int.from_bytes(struct.pack("<f", value), "little")
     low = word & 0xFFFF
     high = word >> 16
     if low > 0x8000 or (low == 0x8000 and high & 1):

@@ -137,15 +137,39 @@ def drop(state, key):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s, l: (drop(s, "network.1.polynomial"), l), "shared: 1 tensors missing"),
-        (lambda s, l: (s, drop(l, "network.1.gain@mr")), "local: 1 tensors missing"),
-        (lambda s, l: (s | {"x": torch.zeros(1)}, l), "1 too many"),
-        (lambda s, l: (s, l | {"network.1.gain@pet": torch.zeros(2)}), "1 too many"),
-        (lambda s, l: (s, l | {"network.1.gain": torch.zeros(2, 2)}), "1 too many"),
-        (lambda s, l: (s, l | {"network.1.gain@mr": torch.zeros(1)}), r"is \(1,\)"),
-        (lambda s, l: (s, l | {"network.1.gain@mr": torch.zeros(1, 2)}), r"is \(1, 2\)"),
-        (lambda s, l: (s | {"network.1.polynomial": torch.zeros(2, 2).double()}, l), "float64"),
-        (lambda s, l: (l, s), "missing"),
+        (
+            lambda shared, local: (drop(shared, "network.1.polynomial"), local),
+            "shared: 1 tensors missing",
+        ),
+        (
+            lambda shared, local: (shared, drop(local, "network.1.gain@mr")),
+            "local: 1 tensors missing",
+        ),
+        (lambda shared, local: (shared | {"x": torch.zeros(1)}, local), "1 too many"),
+        (
+            lambda shared, local: (shared, local | {"network.1.gain@pet": torch.zeros(2)}),
+            "1 too many",
+        ),
+        (
+            lambda shared, local: (shared, local | {"network.1.gain": torch.zeros(2, 2)}),
+            "1 too many",
+        ),
+        (
+            lambda shared, local: (shared, local | {"network.1.gain@mr": torch.zeros(1)}),
+            r"is \(1,\)",
+        ),
+        (
+            lambda shared, local: (shared, local | {"network.1.gain@mr": torch.zeros(1, 2)}),
+            r"is \(1, 2\)",
+        ),
+        (
+            lambda shared, local: (
+                shared | {"network.1.polynomial": torch.zeros(2, 2).double()},
+                local,
+            ),
+            "float64",
+        ),
+        (lambda shared, local: (local, shared), "missing"),
     ],
 )
 def test_merge_is_strict(change, message):

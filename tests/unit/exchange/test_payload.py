@@ -6,6 +6,7 @@ import hashlib
 import json
 import struct
 import tracemalloc
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ NUMBERS = [1.0, -2.0, 0.5, 4.0, 8.0]
 
 
 def made(**changes):
-    fields = {
+    fields: dict[str, Any] = {
         "kind": Kind.UPDATE,
         "study": wire.STUDY,
         "round": 3,

@@ -85,7 +85,7 @@ def test_unflatten_refuses_another_length_or_type(flat):
 
 
 def test_only_float32_can_be_shared():
-    with pytest.raises(ExchangeError, match="counter: is torch.int64"):
+    with pytest.raises(ExchangeError, match=r"counter: is torch\.int64"):
         Schema.of({"counter": torch.tensor(1)})
 
 

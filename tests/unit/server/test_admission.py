@@ -68,7 +68,7 @@ REFUSED = {
         R.WRONG_SCHEMA,
     ),
     "7 a tensor too many": (
-        sent(NUMBERS + [1.0], wire.schema_digest([("b", [1]), ("c", [1]), ("w", [2, 2])])),
+        sent([*NUMBERS, 1.0], wire.schema_digest([("b", [1]), ("c", [1]), ("w", [2, 2])])),
         R.WRONG_SCHEMA,
     ),
     "8 a tensor missing": (sent(NUMBERS[:4], wire.schema_digest([("w", [2, 2])])), R.WRONG_SCHEMA),

@@ -5,13 +5,14 @@ import json
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.support import wire
-from tests.support.kill import Killed, killed_at
+from tests.support.kill import Countdown, Killed, killed_at
 from uharmony_model.errors import StoreError
 from uharmony_model.exchange.payload import digest
 from uharmony_model.exchange.schema import Schema, flatten
@@ -24,7 +25,7 @@ SCHEMA = Schema.of(STATE)
 
 
 def made(number: int, **changes) -> Checkpoint:
-    fields = {
+    fields: dict[str, Any] = {
         "round": number,
         "global_": flatten(STATE, SCHEMA) + number,
         "schema": SCHEMA,
@@ -173,14 +174,13 @@ def test_stray_temporary_directories_are_cleaned(tmp_path):
 @pytest.mark.parametrize("existing", [(), (1,), (1, 2, 3), (1, 2, 3, 4)])
 def test_old_or_new_wherever_the_kill_falls(tmp_path, existing, monkeypatch):
     """Also for round 4 done again; a kill within the weights' own writing leaves half a file."""
-    countdown = None
-    write = module.save_file
+    active: list[Countdown] = []
 
     def half_then_whole(tensors, path):
         path.write_bytes(b"half")
-        if countdown is not None:
+        for countdown in active:
             countdown.step()
-        write(tensors, path)
+        save_file(tensors, path)
 
     monkeypatch.setattr(module, "save_file", half_then_whole)
     monkeypatch.setattr(os, "fsync", lambda _: None)  # speed; the order is tested with atomic
@@ -189,13 +189,13 @@ def test_old_or_new_wherever_the_kill_falls(tmp_path, existing, monkeypatch):
     while not done:
         folder = tmp_path / str(at)
         folder.mkdir()
-        countdown = None
         for number in existing:
             save(folder, made(number))
         with killed_at(at) as countdown:
+            active.append(countdown)
             save(folder, made(4, norms=(4.0,)))
         done = countdown.calls <= at
-        countdown = None
+        active.clear()
         got = load(folder)
         if got is None:
             assert before is None
