@@ -106,4 +106,3 @@ class Site:
         """The same opened data under another arm of the same study (same task, same splits)."""
         store = LocalStore(self.config.store / "generations" / study.digest)
         return dataclasses.replace(self, study=study, store=store)
-

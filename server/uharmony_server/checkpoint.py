@@ -11,7 +11,7 @@ import logging
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -61,6 +61,13 @@ class Checkpoint:
     def digest(self) -> str:
         """SHA-256 of the shared weights, the `base` of the next round."""
         return digest(self.global_)
+
+    def with_changes(self, **changes: Any) -> Checkpoint:
+        """A copy with other values; weights that stay are not hashed again."""
+        copy = replace(self, **changes)
+        if "global_" not in changes and "digest" in self.__dict__:
+            copy.__dict__["digest"] = self.digest
+        return copy
 
 
 class _State(Frozen):

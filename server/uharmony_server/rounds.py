@@ -56,4 +56,3 @@ def run_rounds(
         if on_round is not None:
             on_round(strategy.state)
     return strategy.state
-

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
@@ -125,8 +124,7 @@ class HarmonyStrategy(Strategy):
         if self.study.codec.down != "fp32":
             step = quantize(weights - self.state.global_, self.study.codec.down)
             weights = self.state.global_ + step
-        self.state = replace(
-            self.state,
+        self.state = self.state.with_changes(
             round=server_round,
             global_=weights,
             norms=(*self.state.norms, *(norm for _, norm in admitted.values())),
@@ -188,7 +186,7 @@ class HarmonyStrategy(Strategy):
                 self._refuse(_refusal(site, server_round, reason, str(error)))
                 continue
             records += [record.model_dump(mode="json", by_alias=True) for record in found]
-        self.state = replace(self.state, records=(*self.state.records, *records))
+        self.state = self.state.with_changes(records=(*self.state.records, *records))
         dice = [r["dice"] for r in records if isinstance(r["dice"], float)]
         return MetricRecord({"dice": statistics.fmean(dice)}) if dice else None
 
@@ -282,7 +280,7 @@ class HarmonyStrategy(Strategy):
             yield site, reply
 
     def _refuse(self, refusal: Refusal) -> None:
-        self.state = replace(self.state, refusals=(*self.state.refusals, refusal))
+        self.state = self.state.with_changes(refusals=(*self.state.refusals, refusal))
 
 
 def _refusal(site: str, round_: int, reason: RefusalReason, detail: str) -> Refusal:

@@ -94,8 +94,9 @@ class InProcessGrid(Grid):
         try:
             return self._app(message, context)
         except Exception as error:  # a site's defect must not end the federation
-            log.exception("site %s failed", context.node_config["site"])
             reason = f"{type(error).__name__}: {error}"[:500]
+            log.warning("site %s failed: %s", context.node_config["site"], reason)
+            log.debug("where it failed", exc_info=True)
             return Message(Error(code=CLIENT_APP_RAISED, reason=reason), reply_to=message)
 
 

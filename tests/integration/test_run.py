@@ -25,12 +25,21 @@ FIELDS = {
 
 
 def start(capsys, home: Path, out: str, *more: str) -> tuple[int, str]:
-    options = ["--data", home / "data", "--out", home / out, "--threads", "1", "--device", "cpu"]
+    options: list[str | Path] = [
+        "--data",
+        home / "data",
+        "--out",
+        home / out,
+        "--threads",
+        "1",
+        "--device",
+        "cpu",
+    ]
     return simulate(capsys, "run", home / "study.yaml", *options, *more)
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     write_folder(folder / "data")
     write_study(folder / "study.yaml", training={"rounds": 2})
@@ -98,7 +107,7 @@ def test_the_model_that_is_left_segments_in_the_inputs_own_grid(home, tmp_path, 
 
 
 def test_the_report_names_a_refused_site_and_the_reason(home, capsys, monkeypatch):
-    def damaged(*arguments, **options):  # type: ignore[no-untyped-def]
+    def damaged(*arguments, **options):
         inner = make_client_app(*arguments, **options)
 
         def app(message: Message, context: Context) -> Message:

@@ -1,0 +1,91 @@
+"""The study: unknown keys, sensible refusals, a digest that follows the content."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from tests.support.tiny import study_content, tiny_study
+from uharmony_model.errors import ConfigError
+from uharmony_model.frozen import parse
+from uharmony_model.study import Study, load_study
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def test_the_digest_follows_every_change_and_survives_json():
+    study = tiny_study()
+    assert Study.model_validate_json(study.canonical_json()).digest == study.digest
+    changed = [
+        tiny_study(seed=1),
+        tiny_study(method="fedavg"),
+        tiny_study(training={"rounds": 4}),
+        tiny_study(task={"classes": {"blob": 2}}),
+    ]
+    assert len({s.digest for s in [study, *changed]}) == 5
+
+
+def test_the_order_of_classes_is_part_of_the_study_and_that_of_modalities_is_not():
+    two = [tiny_study(task={"classes": c}) for c in ({"a": 1, "b": 2}, {"b": 2, "a": 1})]
+    assert two[0].digest != two[1].digest
+    policies = {"MR": {"policy": "zscore"}, "CT": {"policy": "window"}}
+    backwards = dict(reversed(policies.items()))
+    same = [tiny_study(task={"intensity": i}) for i in (policies, backwards)]
+    assert same[0].digest == same[1].digest
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"training": {"epochs": 2}}, "training.epochs"),
+        ({"training": {"rounds": 0}}, "training.rounds"),
+        ({"method": "fedsgd"}, "known: local"),
+        ({"task": {"classes": {}}}, "at least one class"),
+        ({"task": {"classes": {"a": 1, "b": 1}}}, "overlapping: true"),
+        ({"task": {"classes": {"a": 0}}}, "classes"),
+        ({"task": {"intensity": {"CT": {"policy": "window", "low": 9, "high": 1}}}}, "below high"),
+        ({"task": {"intensity": {"MR": {"policy": "nyul"}}}}, "nyul"),
+        ({"evaluation": {"validation": 0.5, "test": 0.5}}, "nothing is left"),
+        ({"training": {"learning_rate": float("nan")}}, "learning_rate"),
+        ({"name": "../etc"}, "name"),
+    ],
+)
+def test_what_cannot_be_followed_is_refused_in_one_line(changes, words):
+    with pytest.raises(ConfigError) as refused:
+        parse(Study, study_content(**changes), "study.yaml")
+    assert "\n" not in str(refused.value)
+    assert words in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "- a\n- b\n", "name: [\n", "a: &x [1]\nb: *x\n", "a: !!python/object:os.system {}\n"],
+)
+def test_yaml_that_is_no_plain_mapping_is_refused(tmp_path, text):
+    path = tmp_path / "study.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError):
+        load_study(path)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda p: p.stem)
+def test_the_examples_are_studies(path):
+    study, simulation = load_study(path)
+    assert study.name == path.stem
+    assert simulation
+
+
+def test_the_documentation_names_every_key():
+    text = (ROOT / "docs/study.md").read_text()
+
+    def names(model: type[BaseModel]) -> set[str]:
+        found = set(model.model_fields)
+        for field in model.model_fields.values():
+            kind = field.annotation
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                found |= names(kind)
+        return found
+
+    assert [name for name in sorted(names(Study)) if name not in text] == []

@@ -1,0 +1,164 @@
+"""The strategy with hand-made answers: order, groups, quorum, joining."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+
+from tests.support.tiny import tiny_study
+from uharmony_model.errors import QuorumError
+from uharmony_model.exchange.hello import Hello
+from uharmony_model.exchange.instruction import Instruction
+from uharmony_model.exchange.payload import Kind, decode, encode
+from uharmony_model.exchange.schema import Schema, TensorSpec
+from uharmony_model.study import Study
+from uharmony_server.checkpoint import Checkpoint
+from uharmony_server.rounds import run_rounds
+from uharmony_server.strategy import HarmonyStrategy
+from uharmony_simulation.engine import InProcessGrid, site_of
+
+SCHEMA = Schema(tensors=(TensorSpec(name="w", shape=(5,)),))
+BASE = torch.linspace(-1, 1, 5)
+CASES = {f"site-{i:02d}": i + 1 for i in range(11)}  # more than one group of held updates
+
+
+def study_of(**federation) -> Study:
+    return tiny_study(
+        federation=federation,
+        training={"rounds": 2},
+        evaluation={"validation": 0.0, "test": 0.0, "every": 0},
+    )
+
+
+def delta_of(site: str, weights: torch.Tensor) -> torch.Tensor:
+    return weights * 0.1 + int(site[-2:])
+
+
+class Sites:
+    """Sites that answer without training; `study` is what they say they approved."""
+
+    def __init__(self, study: Study, approved: Callable[[str], Study] | None = None) -> None:
+        self.study = study
+        self.approved = approved or (lambda _: study)
+        self.silent: set[str] = set()
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        site = site_of(context)
+        if message.metadata.message_type == "query.hello":
+            hello = Hello(site=site, study=self.approved(site).digest)
+            record = ConfigRecord({"json": hello.model_dump_json()})
+            return Message(RecordDict({"hello": record}), reply_to=message)
+        if site in self.silent:
+            raise RuntimeError("away")
+        order = Instruction.from_json(str(message.content.config_records["instruction"]["json"]))
+        array = message.content.array_records["payload"]["payload"]
+        _, weights = decode(array.data, kind=Kind.MODEL, schema=SCHEMA)
+        data = encode(
+            kind=Kind.UPDATE,
+            study=self.study.digest,
+            round=order.round,
+            site=site,
+            base=order.base,
+            schema=SCHEMA,
+            values={"cases": CASES[site]},
+            flat=delta_of(site, weights),
+        )
+        made = Array("uint8", (len(data),), "uharmony.payload", data)
+        return Message(RecordDict({"payload": ArrayRecord({"payload": made})}), reply_to=message)
+
+
+def expected(weights: torch.Tensor, names, equal: bool = False) -> torch.Tensor:
+    """base + sum_k w_k delta_k in float64, w_k = cases over their sum or equal."""
+    share = {n: 1.0 if equal else float(CASES[n]) for n in names}
+    total = sum(share.values())
+    wide = weights.double()
+    return wide + sum(share[n] / total * delta_of(n, wide) for n in names)
+
+
+@pytest.mark.parametrize("weighting", ["cases", "equal"])
+def test_rounds_compute_the_weighted_mean(tmp_path, weighting):
+    study = study_of(weighting=weighting, norm_bound=1e9)
+    state = run_rounds(study, SCHEMA, BASE, InProcessGrid(Sites(study), CASES), tmp_path)
+    wanted = expected(BASE, CASES, weighting == "equal")
+    wanted = expected(wanted.float(), CASES, weighting == "equal")
+    assert torch.allclose(state.global_.double(), wanted, rtol=1e-5)
+    assert state.refusals == ()
+
+
+def test_flowers_own_loop_drives_it_to_the_same_result(tmp_path):
+    study = study_of(norm_bound=1e9)
+    ours = run_rounds(study, SCHEMA, BASE, InProcessGrid(Sites(study), CASES), tmp_path)
+    grid = InProcessGrid(Sites(study), CASES)
+    start = Checkpoint(round=0, global_=BASE, schema=SCHEMA, study=study.digest)
+    strategy = HarmonyStrategy(study, start)
+    strategy.greet(grid)
+    strategy.start(grid, strategy.arrays(), num_rounds=2)
+    assert torch.equal(strategy.state.global_, ours.global_)
+
+
+def test_answers_in_any_order_give_the_same_bits():
+    study = study_of(norm_bound=1e9)
+    results = []
+    for turn in (1, -1):
+        grid = InProcessGrid(Sites(study), CASES)
+        start = Checkpoint(round=0, global_=BASE, schema=SCHEMA, study=study.digest)
+        strategy = HarmonyStrategy(study, start)
+        strategy.greet(grid)
+        asked = strategy.configure_train(1, strategy.arrays(), ConfigRecord(), grid)
+        replies = list(grid.send_and_receive(asked))[::turn]
+        strategy.aggregate_train(1, replies)
+        results.append(strategy.state.global_)
+    assert torch.equal(*results)
+
+
+def test_a_second_answer_of_a_site_does_not_count():
+    study = study_of(norm_bound=1e9)
+    grid = InProcessGrid(Sites(study), CASES)
+    start = Checkpoint(round=0, global_=BASE, schema=SCHEMA, study=study.digest)
+    strategy = HarmonyStrategy(study, start)
+    strategy.greet(grid)
+    asked = strategy.configure_train(1, strategy.arrays(), ConfigRecord(), grid)
+    replies = list(grid.send_and_receive(asked))
+    strategy.aggregate_train(1, [*replies, replies[3]])
+    assert [(r.site, r.reason) for r in strategy.state.refusals] == [("site-03", "duplicate")]
+    assert torch.allclose(strategy.state.global_.double(), expected(BASE, CASES), rtol=1e-5)
+
+
+def test_the_round_goes_on_without_silent_sites_until_the_quorum_is_missed(tmp_path):
+    study = study_of(min_sites=9, norm_bound=1e9)
+    sites = Sites(study)
+    sites.silent = {"site-01", "site-07"}
+    state = run_rounds(study, SCHEMA, BASE, InProcessGrid(sites, CASES), tmp_path / "a")
+    assert {r.site for r in state.refusals} == sites.silent
+    there = [name for name in CASES if name not in sites.silent]
+    wanted = expected(expected(BASE, there).float(), there)
+    assert torch.allclose(state.global_.double(), wanted, rtol=1e-5)
+    sites.silent.add("site-10")
+    with pytest.raises(QuorumError, match=r"8 sites with 45 cases.*site-10: site_error"):
+        run_rounds(study, SCHEMA, BASE, InProcessGrid(sites, CASES), tmp_path / "b")
+
+
+def test_a_site_that_approved_another_study_takes_no_part(tmp_path):
+    study = study_of(norm_bound=1e9)
+    other = tiny_study(seed=9)
+    sites = Sites(study, lambda site: other if site == "site-04" else study)
+    state = run_rounds(study, SCHEMA, BASE, InProcessGrid(sites, CASES), tmp_path)
+    (refusal,) = state.refusals
+    assert refusal.reason == "not_agreed"
+    assert other.digest[:12] in refusal.detail
+    assert study.digest[:12] in refusal.detail
+
+
+def test_an_update_out_of_all_proportion_is_refused(tmp_path):
+    study = study_of(norm_bound=2.0)
+    sites = Sites(study)
+    state = run_rounds(study, SCHEMA, BASE, InProcessGrid(sites, list(CASES)[:3]), tmp_path)
+    # Deltas grow from 0.1 |w| to 2: far over twice the median of the first round for site 2 only.
+    norms = [float(delta_of(n, BASE).norm()) for n in list(CASES)[:3]]
+    limit = 2.0 * sorted(norms)[1]
+    second = expected(BASE, list(CASES)[:3]).float()
+    too_long = {n for n in list(CASES)[:3] if float(delta_of(n, second).norm()) > limit}
+    assert {r.site for r in state.refusals} == too_long
