@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
@@ -107,8 +109,7 @@ class HarmonyStrategy(Strategy):
         group: list[Admitted] = []
         admitted: dict[str, tuple[int, float]] = {}
         size = 0
-        for site, reply in self._in_order(replies):
-            verdict = self._judge(site, reply, server_round)
+        for site, verdict in self._verdicts(replies, server_round):
             if isinstance(verdict, Refusal):
                 self._refuse(verdict)
                 continue
@@ -214,6 +215,20 @@ class HarmonyStrategy(Strategy):
         return ArrayRecord({"payload": array})
 
     # --- parts ---------------------------------------------------------------------------------
+
+    def _verdicts(
+        self, replies: Iterable[Message], round_: int
+    ) -> Iterator[tuple[str, Admitted | Refusal]]:
+        """Judge answers in their order, each while the next one is being made or received."""
+        waiting: deque[tuple[str, Future[Admitted | Refusal]]] = deque()
+        with ThreadPoolExecutor(1) as pool:
+            for site, reply in self._in_order(replies):
+                waiting.append((site, pool.submit(self._judge, site, reply, round_)))
+                if len(waiting) > 1:
+                    first, verdict = waiting.popleft()
+                    yield first, verdict.result()
+            for first, verdict in waiting:
+                yield first, verdict.result()
 
     def _judge(self, site: str, reply: Message, round_: int) -> Admitted | Refusal:
         payload = _payload_of(reply)
