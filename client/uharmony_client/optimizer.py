@@ -41,7 +41,7 @@ def make_optimizer(network: nn.Module, training: Training) -> torch.optim.Optimi
 
 
 def moments(optimizer: torch.optim.Optimizer, network: nn.Module) -> dict[str, Tensor]:
-    """The state as `optimizer/<moment>/<key>[@<domain>]`; the tensors are those in use, no copies."""
+    """The state as `optimizer/<moment>/<key>[@<domain>]`: the tensors in use, no copies."""
     stacked, domains = stacked_keys(network), _domains(network)
     out: dict[str, Tensor] = {}
     for name, parameter in network.named_parameters():

@@ -14,7 +14,13 @@ from uharmony_client.site import Site
 from uharmony_model.errors import ExchangeError
 from uharmony_model.exchange.instruction import Instruction
 from uharmony_model.exchange.partition import Partition
-from uharmony_model.exchange.payload import Kind, Manifest, decode
+from uharmony_model.exchange.payload import (
+    Kind,
+    Opened,
+    decode_body,
+    max_payload_bytes,
+    open_payload,
+)
 from uharmony_model.networks import build_network
 from uharmony_model.study import Study
 
@@ -26,7 +32,7 @@ class Workbench:
         self._made_for: tuple[str, tuple[str, ...], torch.device] | None = None
         self._network: tuple[nn.Module, Partition] | None = None
         self._payload: bytes | None = None
-        self._weights: tuple[Manifest, Tensor] | None = None
+        self._weights: tuple[Opened, Tensor] | None = None
 
     def network(
         self, study: Study, domains: tuple[str, ...], device: torch.device
@@ -48,17 +54,21 @@ class Workbench:
 
         Raises:
             PayloadError: the bytes are damaged or of another schema.
-            ExchangeError: they are of another study or round than the instruction.
+            ExchangeError: they are not the weights the instruction names.
         """
         if self._weights is None or self._payload is not payload:
-            self._weights = decode(payload, kind=Kind.MODEL, schema=partition.shared_schema)
+            schema = partition.shared_schema
+            opened = open_payload(payload, max_bytes=max_payload_bytes(schema))
+            self._weights = (opened, decode_body(opened.manifest, opened.body, schema))
             self._payload = payload
-        manifest, flat = self._weights
+        (manifest, _, weights_digest), flat = self._weights
         made_by = order.round - 1 if order.action == "train" else order.round
-        if (manifest.study, manifest.round, manifest.base) != (order.study, made_by, order.base):
+        found = (manifest.kind, manifest.study, manifest.round, weights_digest)
+        if found != (Kind.MODEL, order.study, made_by, order.base):
             raise ExchangeError(
-                f"the weights are of round {manifest.round} of study {manifest.study[:12]}, the "
-                f"instruction expects round {made_by} of study {order.study[:12]}; send both anew"
+                f"got {manifest.kind} {weights_digest[:12]} of round {manifest.round}, study "
+                f"{manifest.study[:12]}; the instruction asks for weights {order.base[:12]} of "
+                f"round {made_by}, study {order.study[:12]}; send both anew"
             )
         return flat
 

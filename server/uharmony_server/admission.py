@@ -158,7 +158,7 @@ def _open(buffer: object, expected: Expected, kind: Kind) -> tuple[Manifest, Ten
             RefusalReason.OVERSIZED, f"{len(buffer)} bytes, at most {limit} for this study"
         )
     try:
-        manifest, body = open_payload(buffer, max_bytes=limit)
+        manifest, body, _ = open_payload(buffer, max_bytes=limit)
         problem = _mismatch(manifest, expected, kind)
         if problem:
             return expected.refuse(*problem)

@@ -208,6 +208,7 @@ class HarmonyStrategy(Strategy):
                 schema=self.schema,
                 values={},
                 flat=self.state.global_,
+                body_digest=base,
             )
             self._payload = (round_, base, data)
         data = self._payload[2]

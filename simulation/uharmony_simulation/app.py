@@ -95,11 +95,13 @@ def run(
             resume=resume,
             progress=progress,
         )
-    if output is Output.text or (output is Output.auto and console.is_terminal):
-        console.print(summary_table(records))
-        console.print(
-            f"results  {out / 'results.json'}\nreport   {out / 'report.html'}", highlight=False
-        )
+        progress.finished(out / "results.json", out / "report.html")
+    if output is Output.json or (output is Output.auto and not console.is_terminal):
+        return
+    console.print(summary_table(records))
+    console.print(
+        f"results  {out / 'results.json'}\nreport   {out / 'report.html'}", highlight=False
+    )
 
 
 def main() -> None:

@@ -15,10 +15,14 @@ from uharmony_model.study import Name
 
 
 class ScannerSettings(Frozen):
-    """How far a site's simulated scanner is from the original; 0 is the identity."""
+    """How far a site's simulated scanner is from the original; 0 is the identity.
+
+    `invert` turns the contrast round, `motion` adds the ghosts of a patient who moves.
+    """
 
     strength: NonNegativeFloat = 1.0
     invert: bool = False
+    motion: bool = False
 
 
 class AnatomySite(Frozen):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
@@ -52,6 +53,9 @@ class Progress:
     def arm_done(self, arm: Arm) -> None:
         """An arm is finished."""
 
+    def finished(self, results: Path, report: Path) -> None:
+        """The whole run is finished."""
+
 
 class Lines(Progress):
     """A line a round, as text or as JSON."""
@@ -87,6 +91,11 @@ class Lines(Progress):
     def arm_done(self, arm: Arm) -> None:
         """The arm's name and seed."""
         self._say({"event": "arm", "arm": arm.name, "seed": arm.seed})
+
+    def finished(self, results: Path, report: Path) -> None:
+        """Where the records and the report lie; the text form ends with a table instead."""
+        if self._json:
+            self._say({"event": "done", "results": str(results), "report": str(report)})
 
     def _say(self, facts: dict[str, object]) -> None:
         if self._json:

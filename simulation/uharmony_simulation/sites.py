@@ -222,7 +222,9 @@ def _scan(case: Case, scanner: Scanner, study: Study, temporary: Path, final: Pa
 
 
 def _scanner(study: Study, site: str, settings: ScannerSettings) -> Scanner:
-    return draw_scanner(study.split_seed, site, settings.strength, invert=settings.invert)
+    return draw_scanner(
+        study.split_seed, site, settings.strength, invert=settings.invert, motion=settings.motion
+    )
 
 
 def _case(

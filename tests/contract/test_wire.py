@@ -49,7 +49,7 @@ def expected_payload(codec: str, body: bytes) -> bytes:
     header = json.dumps(fields, separators=(",", ":")).encode("ascii")
     header += b" " * (-(44 + len(header)) % 64)
     start = b"\x89UHARM1\n" + struct.pack("<I", len(header))
-    check = hashlib.sha256(start + header + body).digest()
+    check = hashlib.sha256(start + header + hashlib.sha256(body).digest()).digest()
     return start + check + header + body
 
 

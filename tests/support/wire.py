@@ -23,7 +23,19 @@ def canonical(content: Any) -> bytes:
 def seal(header: bytes, body: bytes, *, magic: bytes = MAGIC, length: int | None = None) -> bytes:
     """A payload of any header and body whose digest is correct."""
     start = magic + struct.pack("<I", len(header) if length is None else length)
-    return start + hashlib.sha256(start + header + body).digest() + header + body
+    return (
+        start
+        + hashlib.sha256(start + header + hashlib.sha256(body).digest()).digest()
+        + header
+        + body
+    )
+
+
+def resealed(payload: bytes) -> bytes:
+    """The same payload with the seal that its bytes ask for."""
+    (length,) = struct.unpack("<I", payload[8:12])
+    header, body = payload[PREFIX:][:length], payload[PREFIX + length :]
+    return seal(header, body, magic=payload[:8], length=length)
 
 
 def pad(header: bytes) -> bytes:

@@ -2,12 +2,13 @@
 
     magic           8 bytes
     header length   u32, little-endian, at most 1 MiB
-    digest         32 bytes, SHA-256 of every other byte of the payload
+    seal           32 bytes, SHA-256 of magic, length, header and the SHA-256 of the body
     header          canonical JSON of the manifest, then spaces up to a multiple of 64
     body            the flat buffer under the codec; may be empty
 
 Nothing is unpickled. Whatever the sender declares is compared with what the receiver expects
-before anything of that size is allocated.
+before anything of that size is allocated. The body is hashed once: what comes out is in the seal,
+and under fp32 it is the digest of the weights themselves.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import hashlib
 import struct
 from collections.abc import Mapping
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from pydantic import Field, NonNegativeInt, ValidationError, model_validator
@@ -39,6 +40,7 @@ __all__ = [
     "CodecName",
     "Kind",
     "Manifest",
+    "Opened",
     "decode",
     "decode_body",
     "digest",
@@ -119,8 +121,11 @@ def encode(
     base: str = "",
     codec: CodecName = "fp32",
     values: Mapping[str, int | float | None] | None = None,
+    body_digest: str = "",
 ) -> bytes:
     """The payload of a flat buffer `(n,)` of a schema, or of values alone.
+
+    `body_digest` is for a caller who has hashed these weights already: `digest(flat)`, under fp32.
 
     Raises:
         PayloadError: the buffer is not of the schema, a value is not a finite number, or the
@@ -151,14 +156,21 @@ def encode(
     if len(header) > MAX_HEADER_BYTES:
         raise PayloadError(f"{kind}: header of {len(header)} bytes, at most {MAX_HEADER_BYTES}")
     start = _PREFIX.pack(MAGIC, len(header), b"")[:_DIGEST_AT]
-    check = hashlib.sha256(start)
-    check.update(header)
-    check.update(body)
-    return b"".join((start, check.digest(), header, body))
+    if not body_digest or codec != "fp32":
+        body_digest = hashlib.sha256(body).hexdigest()
+    return b"".join((start, _seal(start, header, body_digest), header, body))
 
 
-def open_payload(buffer: Buffer, *, max_bytes: int) -> tuple[Manifest, memoryview]:
-    """Check a payload as a whole; gives its manifest and its body, a view of the buffer.
+class Opened(NamedTuple):
+    """A payload that is whole: `body` is a view of it, `digest` the SHA-256 of the body."""
+
+    manifest: Manifest
+    body: memoryview
+    digest: str
+
+
+def open_payload(buffer: Buffer, *, max_bytes: int) -> Opened:
+    """Check a payload as a whole.
 
     Raises:
         PayloadError: a byte is damaged, missing or too many, or the manifest is not allowed.
@@ -173,18 +185,24 @@ def open_payload(buffer: Buffer, *, max_bytes: int) -> tuple[Manifest, memoryvie
         raise PayloadError("payload does not begin like one; other software or other version")
     if length > min(MAX_HEADER_BYTES, view.nbytes - _PREFIX.size):
         raise PayloadError(f"payload declares a header of {length} bytes; refused")
-    check = hashlib.sha256(view[:_DIGEST_AT])
-    check.update(view[_PREFIX.size :])
-    if check.digest() != expected:
-        raise PayloadError("payload is damaged: its SHA-256 differs; send it again")
     header, body = view[_PREFIX.size :][:length], view[_PREFIX.size + length :]
+    body_digest = hashlib.sha256(body).hexdigest()
+    if _seal(view[:_DIGEST_AT], header, body_digest) != expected:
+        raise PayloadError("payload is damaged: its SHA-256 differs; send it again")
     text = bytes(header).rstrip(b" ")
     manifest = parse_canonical(Manifest, text, what="manifest", max_bytes=MAX_HEADER_BYTES)
     if length != _padded(len(text)) or body.nbytes != manifest.body_bytes:
         raise PayloadError(
             f"payload has {body.nbytes} bytes of body, its manifest declares {manifest.body_bytes}"
         )
-    return manifest, body
+    return Opened(manifest, body, body_digest)
+
+
+def _seal(start: Buffer, header: Buffer, body_digest: str) -> bytes:
+    check = hashlib.sha256(start)
+    check.update(header)
+    check.update(bytes.fromhex(body_digest))
+    return check.digest()
 
 
 def read_manifest(buffer: Buffer, *, max_bytes: int) -> Manifest:
@@ -193,7 +211,7 @@ def read_manifest(buffer: Buffer, *, max_bytes: int) -> Manifest:
     Raises:
         PayloadError: as `open_payload`.
     """
-    return open_payload(buffer, max_bytes=max_bytes)[0]
+    return open_payload(buffer, max_bytes=max_bytes).manifest
 
 
 def decode_body(manifest: Manifest, body: memoryview, schema: Schema | None) -> Tensor:
@@ -223,7 +241,7 @@ def decode(
         PayloadError: as `open_payload`, or the payload is of another kind or schema.
     """
     bound = max_payload_bytes(schema) if max_bytes is None else max_bytes
-    manifest, body = open_payload(buffer, max_bytes=bound)
+    manifest, body, _ = open_payload(buffer, max_bytes=bound)
     if manifest.kind != kind:
         raise PayloadError(f"payload is of kind {manifest.kind}, expected {kind}")
     return manifest, decode_body(manifest, body, schema)

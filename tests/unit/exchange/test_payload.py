@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import struct
 import tracemalloc
@@ -253,8 +252,8 @@ HOSTILE = {
     "an array of 500 000": wire.seal(header("[" + "0," * 500_000 + "0]"), body()),
     "header length 2**32 - 1": wire.seal(header(text()), body(), length=2**32 - 1),
     "header length beyond the end": wire.seal(header(text()), body(), length=2000),
-    "header that swallows the body": wire.seal(
-        header(text()), body(), length=len(header(text())) + 20
+    "header that swallows the body": wire.resealed(
+        wire.seal(header(text()), body(), length=len(header(text())) + 20)
     ),
     "header above the limit": wire.seal(b" " * (MAX_HEADER_BYTES + 20), b""),
     "other magic": wire.seal(header(text()), body(), magic=b"\x89UHARM2\n"),
@@ -286,9 +285,11 @@ def test_a_hostile_payload_is_refused_on_one_line_and_in_little_memory(name):
 def test_the_hostile_ones_have_a_correct_digest():
     # Otherwise the digest would be all that the table above tests.
     exempt = {"pickle", "zip, as torch.save writes", "numpy", "nothing"}
+    # A header longer than all there is: refused before anything is hashed.
+    exempt |= {name for name in HOSTILE if name.startswith(("header length", "header above"))}
     for name, sent in HOSTILE.items():
         if name not in exempt:
-            assert hashlib.sha256(sent[:12] + sent[44:]).digest() == sent[12:44], name
+            assert wire.resealed(sent) == sent, name
 
 
 def test_a_header_above_the_limit_is_not_even_hashed():
@@ -302,5 +303,5 @@ def test_a_manifest_alone_is_checked_for_sense():
 
 
 def test_the_body_is_read_only():
-    _, view = open_payload(bytearray(made()), max_bytes=10_000)
+    view = open_payload(bytearray(made()), max_bytes=10_000).body
     assert view.readonly
