@@ -8,7 +8,8 @@
     |   `- PayloadError          bytes that are damaged or not what they declare
     |- StoreError            5   a checkpoint, a generation, a preprocessed volume
     |- QuorumError           6   too few sites or cases answered
-    `- NetworkError          7   a backbone that cannot be built or harmonised
+    |- NetworkError          7   a backbone that cannot be built or harmonised
+    `- TrainingError         8   a round that cannot be trained
 
 130 is an interruption by the user. A message says what is wrong, what was got, what was
 expected and what to do; it stands on one line.
@@ -59,6 +60,12 @@ class QuorumError(UHarmonyError):
     """Too few sites or cases answered for a round to count."""
 
     exit_code = 6
+
+
+class TrainingError(UHarmonyError):
+    """A round of training went wrong; the text speaks of the round, never of a case."""
+
+    exit_code = 8
 
 
 class NetworkError(UHarmonyError):

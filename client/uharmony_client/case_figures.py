@@ -22,9 +22,13 @@ from uharmony_model.targets import to_targets
 
 def draw_site_cases(network: nn.Module, site: Site, round_: int, folder: Path) -> None:
     """Write `<site>-median` and `<site>-worst` as .png with a .json that says what is shown."""
-    ranked = _ranked_cases(site.evaluations / f"test-round-{round_:06d}.csv")
-    if not ranked:
-        return
+    for name, ranked in _ranked_cases(site.evaluations / f"test-round-{round_:06d}.csv").items():
+        _draw_two(network, site, name, ranked, folder)
+
+
+def _draw_two(
+    network: nn.Module, site: Site, name: str, ranked: list[tuple[str, float]], folder: Path
+) -> None:
     from uharmony_client.pictures import draw_case  # matplotlib takes a second to import
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -38,20 +42,27 @@ def draw_site_cases(network: nn.Module, site: Site, round_: int, folder: Path) -
             volume.spacing_mm,
             site.study.task.class_names,
         )
-        facts = {"site": case.site, "which": which, "case": case_name, "dice": dice}
-        stem = f"{site.name}-{which}"
+        facts = {"site": name, "which": which, "case": case_name, "dice": dice}
+        stem = f"{name}-{which}"
         write_atomic(folder / f"{stem}.png", png, mode=0o644)
         write_atomic(folder / f"{stem}.json", json.dumps(facts).encode(), mode=0o644)
 
 
-def _ranked_cases(rows: Path) -> list[tuple[str, float]]:
-    """Cases with their mean Dice over classes, worst first; undefined ones are left out."""
+def _ranked_cases(rows: Path) -> dict[str, list[tuple[str, float]]]:
+    """By site, cases with their mean Dice over classes, worst first; undefined ones left out."""
     if not rows.is_file():
-        return []
-    dice: dict[str, list[float]] = {}
+        return {}
+    dice: dict[str, dict[str, list[float]]] = {}
     with rows.open(newline="") as lines:
         for row in csv.DictReader(lines):
             if row["dice"]:
-                dice.setdefault(row["case"], []).append(float(row["dice"]))
-    means = {case: statistics.fmean(values) for case, values in dice.items()}
-    return sorted(means.items(), key=lambda item: (item[1], item[0]))
+                dice.setdefault(row["site"], {}).setdefault(row["case"], []).append(
+                    float(row["dice"])
+                )
+    return {
+        site: sorted(
+            ((case, statistics.fmean(values)) for case, values in cases.items()),
+            key=lambda item: (item[1], item[0]),
+        )
+        for site, cases in dice.items()
+    }

@@ -8,6 +8,7 @@ in an answer of its own kind; the federation goes on without it.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
@@ -19,12 +20,13 @@ from uharmony_client.local_train import train_round
 from uharmony_client.policy import apply_policy
 from uharmony_client.site import Site
 from uharmony_client.workbench import Workbench, initial_local, site_parameters
-from uharmony_model.errors import ExchangeError, UHarmonyError
+from uharmony_model.errors import ExchangeError, TrainingError
 from uharmony_model.exchange.hello import Hello
 from uharmony_model.exchange.instruction import Instruction
 from uharmony_model.exchange.payload import Kind, encode
 from uharmony_model.exchange.schema import unflatten
 
+log = logging.getLogger(__name__)
 OpenSite = Callable[[Context], Site]
 OnStep = Callable[[str, int, int, float], None]
 
@@ -156,13 +158,22 @@ def _carried(data: bytes) -> RecordDict:
 
 
 def _reply(message: Message, work: Callable[[], RecordDict]) -> Message:
-    """Do one piece of work; our own errors become a reasoned refusal, others are Flower's."""
+    """Do one piece of work; an error becomes a refusal that says no more than may leave."""
     try:
         content = work()
-    except UHarmonyError as error:
-        refusal = json.dumps({"detail": str(error)[:500]})
+    except Exception as error:  # whatever goes wrong here, its text stays here
+        log.warning("refused: %s", error)
+        log.debug("where it went wrong", exc_info=True)
+        refusal = json.dumps({"detail": _speakable(error)})
         content = RecordDict({"refusal": ConfigRecord({"json": refusal})})
     return Message(content, reply_to=message)
+
+
+def _speakable(error: Exception) -> str:
+    """What the coordinator is told. Errors about data and files name cases and folders."""
+    if isinstance(error, ExchangeError | TrainingError):
+        return str(error)[:300]
+    return f"{type(error).__name__}; the reason stands in the site's own log"
 
 
 def _listener(on_step: OnStep, site: str, round_: int) -> Callable[[int, float], None]:

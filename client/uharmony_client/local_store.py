@@ -77,7 +77,12 @@ class LocalStore:
                 "and start again: the rounds before are untouched"
             ) from error
         replace_directory(temporary, self._path(key.round))
-        for old in self._rounds()[:-KEPT]:
+        # Rounds after this one belong to a history that the coordinator has left.
+        rounds = self._rounds()
+        for old in (
+            *(r for r in rounds if r > key.round),
+            *rounds[: rounds.index(key.round) + 1][:-KEPT],
+        ):
             remove_directory(self._path(old))
 
     def update(self, key: RoundKey) -> bytes | None:

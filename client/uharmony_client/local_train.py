@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from uharmony_client.optimizer import make_optimizer, moments, restore_moments
-from uharmony_model.errors import DataError
+from uharmony_model.errors import TrainingError
 from uharmony_model.exchange.partition import Partition
 from uharmony_model.exchange.schema import flatten, unflatten
 from uharmony_model.losses import segmentation_loss
@@ -58,7 +58,7 @@ def train_round(
     """Train `study.training.local_steps` steps from the global weights `base (n,)`.
 
     Raises:
-        DataError: the loss is not finite; the round leaves nothing behind.
+        TrainingError: the loss is not finite; the round leaves nothing behind.
     """
     training, task = study.training, study.task
     device = next(network.parameters()).device
@@ -89,7 +89,7 @@ def train_round(
 
         value = loss.item()
         if not math.isfinite(value):
-            raise DataError(
+            raise TrainingError(
                 f"site {data.site}, round {round_}, step {step}: the loss is {value}; "
                 "check the intensity policy or lower training.learning_rate"
             )

@@ -84,6 +84,13 @@ class Site:
         return torch.tensor(self.config.annotates(self.study.task))
 
     @property
+    def modalities(self) -> tuple[str, ...]:
+        """The study's names of this site's modalities, channel by channel; empty when they vary."""
+        rename = self.config.modality_map
+        found = {tuple(rename.get(m, m) for m in case.modality) for case in self.table.cases}
+        return found.pop() if len(found) == 1 else ()
+
+    @property
     def evaluations(self) -> Path:
         """Where per-case results stay; they never leave a hospital."""
         return self.config.store / "evaluations" / self.study.digest

@@ -11,7 +11,6 @@ import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -20,6 +19,7 @@ from uharmony_model.atomic import write_atomic
 from uharmony_model.methods import METHODS
 from uharmony_model.study import Study
 from uharmony_server import curves
+from uharmony_server.admission import Refusal
 from uharmony_server.records import Record
 from uharmony_server.summary import (
     LOCAL,
@@ -51,24 +51,11 @@ class Figure:
     png: bytes
 
 
-class RefusalLike(Protocol):
-    """What the report shows of an answer that did not count."""
+class ArmRefusal(Refusal):
+    """An answer that did not count, and under which arm and seed."""
 
-    @property
-    def site(self) -> str:
-        """Who answered."""
-
-    @property
-    def round(self) -> int:
-        """In which round."""
-
-    @property
-    def reason(self) -> str:
-        """The reason's code."""
-
-    @property
-    def detail(self) -> str:
-        """One line for people."""
+    arm: str
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -96,7 +83,7 @@ def write_report(
     *,
     title: str,
     records: Sequence[Record],
-    refusals: Sequence[RefusalLike] = (),
+    refusals: Sequence[ArmRefusal] = (),
     run_info: Mapping[str, object] | None = None,
     figures: Sequence[Figure] = (),
     study: Study | None = None,

@@ -8,19 +8,19 @@ grow with the number of sites.
 
 from __future__ import annotations
 
-import json
+import math
 import statistics
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
-from pydantic import ValidationError
 
 from uharmony_model.errors import ExchangeError, QuorumError
-from uharmony_model.exchange.hello import Hello, check_hello
+from uharmony_model.exchange.hello import check_hello
 from uharmony_model.exchange.instruction import Instruction
 from uharmony_model.exchange.payload import Kind, encode, quantize
 from uharmony_model.study import Split, Study
@@ -36,6 +36,7 @@ from uharmony_server.admission import (
 from uharmony_server.aggregate import WeightedSum
 from uharmony_server.checkpoint import Checkpoint
 from uharmony_server.metrics import records_from_metrics
+from uharmony_server.replies import hello_of, payload_of, refusal, refusal_of
 
 GROUP = 8  # admitted updates that are held at once; the sum does not depend on it
 
@@ -68,14 +69,14 @@ class HarmonyStrategy(Strategy):
         for reply in grid.send_and_receive(messages, timeout=timeout):
             node = reply.metadata.src_node_id
             try:
-                hello = _hello_of(reply)
+                hello = hello_of(reply)
                 check_hello(hello, self.study.digest)
             except ExchangeError as error:
-                self._refuse(_refusal(f"node-{node}", 0, RefusalReason.NOT_AGREED, str(error)))
+                self._refuse(refusal(f"node-{node}", 0, RefusalReason.NOT_AGREED, str(error)))
                 continue
             if hello.site in self.nodes.values():
                 detail = f"two nodes call themselves {hello.site}; the first one counts"
-                self._refuse(_refusal(hello.site, 0, RefusalReason.DUPLICATE, detail))
+                self._refuse(refusal(hello.site, 0, RefusalReason.DUPLICATE, detail))
                 continue
             self.nodes[node] = hello.site
         needed = self.study.federation.min_sites
@@ -121,6 +122,11 @@ class HarmonyStrategy(Strategy):
         self._add(total, group)
         self._require_quorum(server_round, admitted)
         weights = total.apply(self.state.global_)
+        if not math.isfinite(float(weights.abs().sum(dtype=torch.float64))):
+            raise ExchangeError(
+                f"round {server_round}: the sum of the updates is not finite; lower "
+                "federation.norm_bound. The last checkpoint is untouched"
+            )
         # The lossy downlink belongs to the study: what is sent is what counts.
         if self.study.codec.down != "fp32":
             step = quantize(weights - self.state.global_, self.study.codec.down)
@@ -170,10 +176,10 @@ class HarmonyStrategy(Strategy):
     ) -> MetricRecord | None:
         """Keep every site's means as records; a site that could not measure is named."""
         records: list[dict[str, object]] = []
-        for site, reply in self._in_order(replies):
-            payload = _payload_of(reply)
+        for site, reply in self._in_order(replies, server_round):
+            payload = payload_of(reply)
             verdict = (
-                _refusal_of(reply, site, server_round)
+                refusal_of(reply, site, server_round)
                 if payload is None
                 else admit_metrics(payload, self._expected(site, server_round))
             )
@@ -184,7 +190,7 @@ class HarmonyStrategy(Strategy):
                 found = records_from_metrics(self.study, server_round, verdict)
             except ExchangeError as error:
                 reason = RefusalReason.WRONG_SCHEMA
-                self._refuse(_refusal(site, server_round, reason, str(error)))
+                self._refuse(refusal(site, server_round, reason, str(error)))
                 continue
             records += [record.model_dump(mode="json", by_alias=True) for record in found]
         self.state = self.state.with_changes(records=(*self.state.records, *records))
@@ -223,7 +229,7 @@ class HarmonyStrategy(Strategy):
         """Judge answers in their order, each while the next one is being made or received."""
         waiting: deque[tuple[str, Future[Admitted | Refusal]]] = deque()
         with ThreadPoolExecutor(1) as pool:
-            for site, reply in self._in_order(replies):
+            for site, reply in self._in_order(replies, round_):
                 waiting.append((site, pool.submit(self._judge, site, reply, round_)))
                 if len(waiting) > 1:
                     first, verdict = waiting.popleft()
@@ -232,9 +238,9 @@ class HarmonyStrategy(Strategy):
                 yield first, verdict.result()
 
     def _judge(self, site: str, reply: Message, round_: int) -> Admitted | Refusal:
-        payload = _payload_of(reply)
+        payload = payload_of(reply)
         if payload is None:
-            return _refusal_of(reply, site, round_)
+            return refusal_of(reply, site, round_)
         return admit(payload, self._expected(site, round_))
 
     def _expected(self, site: str, round_: int) -> Expected:
@@ -247,8 +253,15 @@ class HarmonyStrategy(Strategy):
             schema=self.schema,
             codec=self.study.codec.up,
             max_cases=federation.max_cases,
-            norm_limit=norm_limit(self.state.norms, federation.norm_bound),
+            norm_limit=self._norm_limit(),
         )
+
+    def _norm_limit(self) -> float | None:
+        """Before any update was admitted, the global weights themselves are the measure."""
+        bound = self.study.federation.norm_bound
+        if self.state.norms:
+            return norm_limit(self.state.norms, bound)
+        return bound * max(float(self.state.global_.norm()), 1.0)
 
     def _add(self, total: WeightedSum, group: list[Admitted]) -> None:
         by_cases = self.study.federation.weighting == "cases"
@@ -274,7 +287,7 @@ class HarmonyStrategy(Strategy):
             )
             yield Message(content, node, kind, group_id=str(order.round))
 
-    def _in_order(self, replies: Iterable[Message]) -> Iterator[tuple[str, Message]]:
+    def _in_order(self, replies: Iterable[Message], round_: int) -> Iterator[tuple[str, Message]]:
         """Replies by site name. A generator in that order stays lazy; a list is sorted."""
         if isinstance(replies, (list, tuple)):
             replies = sorted(replies, key=lambda r: self.nodes.get(r.metadata.src_node_id, ""))
@@ -284,11 +297,11 @@ class HarmonyStrategy(Strategy):
             if site is None:
                 node = f"node-{reply.metadata.src_node_id}"
                 detail = "a node that never said who it is"
-                self._refuse(_refusal(node, self.state.round, RefusalReason.WRONG_SITE, detail))
+                self._refuse(refusal(node, round_, RefusalReason.WRONG_SITE, detail))
                 continue
             if site == last:
                 detail = "a second answer in the same round; the first one counts"
-                self._refuse(_refusal(site, self.state.round, RefusalReason.DUPLICATE, detail))
+                self._refuse(refusal(site, round_, RefusalReason.DUPLICATE, detail))
                 continue
             if site < last:
                 raise ExchangeError(f"answers out of order: {site} after {last}; sort them first")
@@ -296,43 +309,6 @@ class HarmonyStrategy(Strategy):
             yield site, reply
 
     def _refuse(self, refusal: Refusal) -> None:
+        if refusal in self.state.refusals:
+            return  # a greeting repeated after an interruption
         self.state = self.state.with_changes(refusals=(*self.state.refusals, refusal))
-
-
-def _refusal(site: str, round_: int, reason: RefusalReason, detail: str) -> Refusal:
-    return Refusal(site=site, round=round_, reason=reason, detail=detail)
-
-
-def _payload_of(reply: Message) -> bytes | None:
-    """The payload bytes of an answer, or None when it carries none."""
-    if not reply.has_content() or "payload" not in reply.content:
-        return None
-    record = reply.content["payload"]
-    if not isinstance(record, ArrayRecord) or set(record) != {"payload"}:
-        return None
-    return record["payload"].data
-
-
-def _refusal_of(reply: Message, site: str, round_: int) -> Refusal:
-    """Why a site sent no payload: its own reason, or Flower's error."""
-    return _refusal(site, round_, RefusalReason.SITE_ERROR, _why_nothing(reply))
-
-
-def _why_nothing(reply: Message) -> str:
-    if reply.has_error():
-        return f"error {reply.error.code}: {reply.error.reason}"
-    if "refusal" not in reply.content:
-        return "an answer without content"
-    try:
-        return str(json.loads(str(reply.content["refusal"]["json"]))["detail"])
-    except (ValueError, KeyError, TypeError):
-        return "a refusal that cannot be read"
-
-
-def _hello_of(reply: Message) -> Hello:
-    if not reply.has_content() or "hello" not in reply.content:
-        raise ExchangeError(f"no hello: {_why_nothing(reply)}")
-    try:
-        return Hello.model_validate_json(str(reply.content["hello"]["json"])[:4096])
-    except (ValidationError, KeyError):
-        raise ExchangeError("a hello that cannot be read; install the same version") from None

@@ -58,7 +58,7 @@ def run(
         list[str] | None, typer.Option(help=f"one or more of: {', '.join(METHODS)}")
     ] = None,
     seed: Annotated[
-        list[int] | None, typer.Option(help="one or more; the study's when left out")
+        list[int] | None, typer.Option(min=0, help="one or more; the study's when left out")
     ] = None,
     engine: Annotated[
         Engine, typer.Option(help="sites in turn in this process, or Ray workers")

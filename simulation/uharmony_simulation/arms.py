@@ -134,10 +134,14 @@ def run_arm(
         "seed": arm.seed,
         "study": arm.study.digest,
         "weights": state.digest,
+        "threads": machine.threads,
+        "engine": machine.engine,
         "seconds": round(time.monotonic() - started, 1),
         "bytes_up": list(state.bytes_up),
         "records": [{**record, "arm": arm.name, "seed": arm.seed} for record in state.records],
-        "refusals": [{"arm": arm.name, **r.model_dump(mode="json")} for r in state.refusals],
+        "refusals": [
+            {"arm": arm.name, "seed": arm.seed, **r.model_dump(mode="json")} for r in state.refusals
+        ],
     }
     write_atomic(folder / "done.json", json.dumps(outcome, indent=1).encode(), mode=0o644)
 
@@ -161,7 +165,8 @@ def _keep_model(
     shared = unflatten(state.global_, schema)
     local = {s.name: site_parameters(s, after_round=state.round) for s in opened}
     domains = {s.name: s.domains for s in opened}
-    save_bundle(folder / "model", arm.study, shared, local, domains)
+    modalities = {s.name: s.modalities for s in opened}
+    save_bundle(folder / "model", arm.study, shared, local, domains, modalities)
     for site in opened:
         network = build_network(arm.study, site.domains, seed=arm.seed).to(site.device)
         partition = Partition.of(network, arm.study.plan.local)

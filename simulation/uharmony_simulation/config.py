@@ -43,6 +43,8 @@ class AnatomySource(Frozen):
     def _some(self) -> AnatomySource:
         if not self.sites:
             raise ValueError("at least one site is needed")
+        if "pooled" in self.sites:
+            raise ValueError("pooled is the name of all sites together; rename that site")
         return self
 
 

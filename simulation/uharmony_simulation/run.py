@@ -25,9 +25,8 @@ from uharmony_model.frozen import parse
 from uharmony_model.methods import METHODS
 from uharmony_model.networks import check_patch
 from uharmony_model.study import Study, load_study
-from uharmony_server.admission import Refusal
 from uharmony_server.records import Record, write_results
-from uharmony_server.report import Figure, write_report
+from uharmony_server.report import ArmRefusal, Figure, write_report
 from uharmony_simulation.arms import Arm, Machine, SiteOpener, run_arm
 from uharmony_simulation.config import Simulation
 from uharmony_simulation.progress import Progress
@@ -92,11 +91,12 @@ def _claim(out: Path, study: Study, resume: bool) -> None:
     A folder in which nothing was trained yet is taken over without --resume.
     """
     record = out / "study.json"
+    if out.is_dir():
+        recover(out)
     if not record.is_file():
         if out.exists() and any(out.iterdir()):
             raise ConfigError(f"{out}: exists and is no run of this program; give another --out")
         out.mkdir(parents=True, exist_ok=True)
-        recover(out)
     elif (out / "arms").exists():
         found, wanted = json.loads(record.read_bytes()), json.loads(study.canonical_json())
         changed = sorted(k for k in wanted if found.get(k) != wanted[k])
@@ -120,11 +120,7 @@ def _publish(out: Path, study: Study, simulation: Simulation, machine: Machine) 
     order = list(METHODS)
     outcomes.sort(key=lambda o: (order.index(o["arm"]), o["seed"]))
     records = [Record.model_validate(r) for o in outcomes for r in o["records"]]
-    refusals = [
-        Refusal.model_validate({k: v for k, v in r.items() if k != "arm"})
-        for o in outcomes
-        for r in o["refusals"]
-    ]
+    refusals = [ArmRefusal.model_validate(r) for o in outcomes for r in o["refusals"]]
     facts = _facts(study, outcomes, machine)
     write_results(out / "results.json", records)
     write_atomic(out / "cases.csv", _case_rows(out, outcomes).encode(), mode=0o644)
@@ -187,11 +183,10 @@ def _facts(study: Study, outcomes: Sequence[dict[str, Any]], machine: Machine) -
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if cuda else None,
         "gpu_peak_mib": round(torch.cuda.max_memory_allocated() / 2**20) if cuda else None,
-        "threads": machine.threads,
-        "engine": machine.engine,
         "peak_rss_mib": round(peak / 1024),
         "arms": [
-            {k: o[k] for k in ("arm", "seed", "study", "weights", "seconds")} for o in outcomes
+            {k: o[k] for k in ("arm", "seed", "study", "weights", "threads", "engine", "seconds")}
+            for o in outcomes
         ],
     }
 

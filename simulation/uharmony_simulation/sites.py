@@ -15,6 +15,7 @@ import numpy as np
 import yaml
 
 from uharmony_client.case_table import Case, CaseTable
+from uharmony_client.grids import plan_grid, same_grid, to_stored_grid
 from uharmony_client.nifti import load_volume
 from uharmony_client.readers import read_cases
 from uharmony_model.atomic import (
@@ -181,6 +182,8 @@ def _divide(study: Study, source: FolderSource, cases: list[Case]) -> dict[str, 
         home = {patients[p]: f"site-{i % source.random_sites + 1}" for i, p in enumerate(order)}
         for case in cases:
             tables[home[case.patient]].append(case)
+    if POOLED in tables:
+        raise ConfigError(f"a site is called {POOLED}, the name of all sites together; rename it")
     empty = sorted(site for site, rows in tables.items() if not rows)
     if empty or not tables:
         raise DataError(f"no case for sites {empty}; check simulation.source.sites_from")
@@ -199,7 +202,13 @@ def _by_modality(study: Study, cases: list[Case]) -> dict[str, list[Case]]:
     for case in cases:
         if len(case.modality) != 1:
             raise DataError(f"case {case.case}: sites by modality need one channel a case")
-        offers.setdefault(case.patient, {})[case.modality[0]] = case
+        offer = offers.setdefault(case.patient, {})
+        if case.modality[0] in offer:
+            raise DataError(
+                f"patient {case.patient} has two cases of modality {case.modality[0]} "
+                f"({offer[case.modality[0]].case}, {case.case}); leave one of them out"
+            )
+        offer[case.modality[0]] = case
     tables: dict[str, list[Case]] = {m: [] for m in sorted({c.modality[0] for c in cases})}
     patients = sorted(offers)
     order = numpy_generator(study.split_seed, "modality-sites").permutation(len(patients))
@@ -211,14 +220,29 @@ def _by_modality(study: Study, cases: list[Case]) -> dict[str, list[Case]]:
 
 
 def _scan(case: Case, scanner: Scanner, study: Study, temporary: Path, final: Path) -> Case:
+    """Put a case on a scanner: in RAS axes, so that a slice axis is the same one in every file."""
     if len(case.image) != 1 or case.label is None:
         raise DataError(f"case {case.case}: a simulated scanner takes one image with its label")
-    volume = load_volume(case.image[0])
-    label = load_volume(case.label)
-    x, y, z = (float(s) for s in np.linalg.norm(volume.affine[:3, :3], axis=0))
-    image = apply_scanner(scanner, volume.array, (x, y, z), study.split_seed, case.case)
-    paths = _write_pair(temporary, case.case, image, label.array.astype(np.uint8), volume.affine)
-    return _case(case.case, case.patient, case.site, case.domain, case.modality, final, *paths)
+    volume, label = load_volume(case.image[0]), load_volume(case.label)
+    if volume.header.channels != 1 or not same_grid(volume.header, label.header):
+        raise DataError(
+            f"case {case.case}: a simulated scanner takes one channel with a label on its grid; "
+            f"see {case.image[0].name} and {case.label.name}"
+        )
+    values = label.array.astype(np.uint8)
+    if not np.array_equal(values, label.array):
+        raise DataError(f"{case.label}: labels must be whole numbers from 0 to 255")
+    grid = plan_grid(volume.header, None, volume.array.size)
+    image = apply_scanner(
+        scanner,
+        to_stored_grid(volume.array, grid),
+        grid.spacing_mm,
+        study.split_seed,
+        case.case,
+    )
+    paths = _write_pair(temporary, case.case, image, to_stored_grid(values, grid), grid.affine)
+    home = (final / case.site).resolve()
+    return case.model_copy(update={"image": (home / paths[0],), "label": home / paths[1]})
 
 
 def _scanner(study: Study, site: str, settings: ScannerSettings) -> Scanner:

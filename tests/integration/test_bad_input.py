@@ -111,6 +111,34 @@ def test_one_line_an_exit_code_and_nothing_half_done(tmp_path, good, capsys, dam
     assert not list(out.glob("arms/*/*/server/*"))
 
 
+def _shifted_label(folder: Path) -> None:
+    path = folder / "data/labels/beta_1.nii.gz"
+    image = nib.Nifti1Image.from_filename(path)
+    affine = image.affine.copy()
+    affine[0, 3] += 20
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj), affine), path)
+
+
+def _half_label(folder: Path) -> None:
+    _rewrite(folder, "labels", lambda a: a.astype(np.float32) * 1.7)
+
+
+@pytest.mark.parametrize("damage", [_shifted_label, _half_label, _other_class])
+@pytest.mark.parametrize("scanner", [False, True])
+def test_a_simulated_scanner_hides_no_bad_label(tmp_path, good, capsys, damage, scanner):
+    folder = tmp_path / "study"
+    shutil.copytree(good, folder)
+    damage(folder)
+    if scanner:
+        content = yaml.safe_load((folder / "study.yaml").read_text())
+        content["simulation"]["source"]["scanners"] = {"beta": {"strength": 0.5}}
+        (folder / "study.yaml").write_text(yaml.safe_dump(content))
+    options = ["--data", folder / "data", "--out", tmp_path / "out", "--threads", "1"]
+    code, said = simulate(capsys, "run", folder / "study.yaml", *options, "--device", "cpu")
+    assert code == 3
+    assert "beta_1" in said
+
+
 def test_options_that_cannot_be_followed(tmp_path, good, capsys):
     study, data = good / "study.yaml", good / "data"
     out = tmp_path / "out"

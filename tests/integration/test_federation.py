@@ -13,6 +13,8 @@ from flwr.app import Array, ArrayRecord, Context, Message
 
 from tests.support.tiny import tiny_study, write_folder, write_study
 from uharmony_client.flower_app import make_client_app
+from uharmony_client.site import Site
+from uharmony_model.errors import DataError
 from uharmony_model.exchange.partition import Partition
 from uharmony_model.exchange.payload import Kind, digest, encode, read_manifest
 from uharmony_model.methods import METHODS
@@ -200,6 +202,25 @@ def test_a_site_that_raises_is_named_and_the_others_finish(tmp_path, data, caplo
     state = federation.run(tamper=tamper)
     assert {r.site for r in state.refusals} == {"gamma"}
     assert "no memory left" in state.refusals[0].detail
+
+
+def test_what_goes_wrong_at_a_site_is_told_without_names_of_cases_or_folders(tmp_path, data):
+    federation = Federation(tmp_path, data, tiny_study())
+    site = federation.opener.named("beta")
+    assert site.store.before(federation.arm.study.digest, 1) is None
+    broken = federation.opener
+
+    def opener(context: Context) -> Site:
+        if site_of(context) == "beta":
+            raise DataError(f"case beta_1 of patient Doe at {data} cannot be read")
+        return broken(context)
+
+    federation.opener = opener  # type: ignore[assignment]
+    state = federation.run()
+    (refusal,) = state.refusals
+    assert (refusal.site[:5], refusal.reason) == ("node-", "not_agreed")
+    assert "DataError" in refusal.detail
+    assert not any(word in refusal.detail for word in ("beta_1", "Doe", str(data)))
 
 
 @pytest.mark.parametrize("method", ["uharmony", "fedbn", "fedavg", "local"])

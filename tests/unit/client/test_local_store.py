@@ -55,6 +55,16 @@ def test_the_last_three_are_kept_and_an_older_round_is_refused(tmp_path):
     assert store.before(STUDY, 1) is None  # a first round needs nothing from before
 
 
+def test_a_study_that_starts_again_leaves_the_later_rounds_behind(tmp_path):
+    store = LocalStore(tmp_path / "store")
+    fill(store, KEPT + 2)
+    store.write(key(1, "another beginning"), b"again", {"phi@a": torch.full((3,), -1.0)})
+    assert store.update(key(1, "another beginning")) == b"again"
+    found = store.before(STUDY, 2)
+    assert found is not None
+    assert torch.equal(found["phi@a"], torch.full((3,), -1.0))
+
+
 @pytest.mark.parametrize("name", ["update.bin", "local.safetensors", "generation.json"])
 def test_damage_is_noticed(tmp_path, name):
     store = LocalStore(tmp_path / "store")

@@ -16,7 +16,7 @@ from tests.support.tiny import tiny_study
 from uharmony_client.local_train import LocalData, learning_rate, train_round
 from uharmony_client.optimizer import PREFIX, make_optimizer, moments, restore_moments
 from uharmony_client.policy import Policy, apply_policy
-from uharmony_model.errors import DataError
+from uharmony_model.errors import TrainingError
 from uharmony_model.exchange.partition import Partition
 from uharmony_model.exchange.schema import flatten
 from uharmony_model.networks import build_network
@@ -113,7 +113,7 @@ def test_restored_moments_give_the_next_step_of_an_optimiser_that_never_stopped(
 
 def test_a_loss_that_is_not_finite_ends_the_round_with_a_reason():
     study = tiny_study(training={"learning_rate": 1e30, "optimizer": "sgd", "local_steps": 4})
-    with pytest.raises(DataError, match=r"site alpha, round 1, step \d: the loss is"):
+    with pytest.raises(TrainingError, match=r"site alpha, round 1, step \d: the loss is"):
         one_round(study)
 
 

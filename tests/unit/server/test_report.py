@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import pytest
 
 from uharmony_model.study import Study
-from uharmony_server.admission import Refusal, RefusalReason
+from uharmony_server.admission import RefusalReason
 from uharmony_server.curves import dot_chart, learning_curves, nice_ticks, slots
 from uharmony_server.records import Record
-from uharmony_server.report import Figure, write_report
+from uharmony_server.report import ArmRefusal, Figure, write_report
 from uharmony_server.summary import site_scores
 
 HOSTILE = "<script>alert('x')</script>\"{{ 7*7 }}&\u202e\x1b"
@@ -174,8 +174,13 @@ def test_the_headline_says_what_became_of_the_studys_own_method(tmp_path):
 
 
 def test_refusals_are_named_and_their_absence_is_said(tmp_path):
-    refusal = Refusal(
-        site="valley", round=7, reason=RefusalReason.NORM_TOO_LARGE, detail="norm 812 > 41"
+    refusal = ArmRefusal(
+        arm="fedavg",
+        seed=3,
+        site="valley",
+        round=7,
+        reason=RefusalReason.NORM_TOO_LARGE,
+        detail="norm 812 > 41",
     )
     _, page = written(tmp_path, refusals=[refusal])
     assert page.table("reason")[1] == ["valley", "7", "norm_too_large", "norm 812 > 41"]
@@ -194,7 +199,11 @@ def test_hostile_text_stays_text_wherever_it_stands(tmp_path):
         tmp_path,
         hostile_records,
         title=HOSTILE,
-        refusals=[SimpleNamespace(site=HOSTILE, round=1, reason=HOSTILE, detail=HOSTILE)],
+        refusals=[
+            SimpleNamespace(
+                arm=HOSTILE, seed=0, site=HOSTILE, round=1, reason=HOSTILE, detail=HOSTILE
+            )
+        ],
         run_info={
             HOSTILE: HOSTILE,
             "g": {HOSTILE: HOSTILE},

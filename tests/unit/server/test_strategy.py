@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 
 import pytest
@@ -45,6 +46,9 @@ class Sites:
         self.approved = approved or (lambda _: study)
         self.silent: set[str] = set()
 
+    def delta(self, site: str, weights: torch.Tensor) -> torch.Tensor:
+        return delta_of(site, weights)
+
     def __call__(self, message: Message, context: Context) -> Message:
         site = site_of(context)
         if message.metadata.message_type == "query.hello":
@@ -64,7 +68,7 @@ class Sites:
             base=order.base,
             schema=SCHEMA,
             values={"cases": CASES[site]},
-            flat=delta_of(site, weights),
+            flat=self.delta(site, weights),
         )
         made = Array("uint8", (len(data),), "uharmony.payload", data)
         return Message(RecordDict({"payload": ArrayRecord({"payload": made})}), reply_to=message)
@@ -152,13 +156,48 @@ def test_a_site_that_approved_another_study_takes_no_part(tmp_path):
     assert study.digest[:12] in refusal.detail
 
 
-def test_an_update_out_of_all_proportion_is_refused(tmp_path):
+def test_an_update_out_of_all_proportion_is_refused_from_the_first_round_on(tmp_path):
     study = study_of(norm_bound=2.0)
+    names = list(CASES)[:3]
+    state = run_rounds(study, SCHEMA, BASE, InProcessGrid(Sites(study), names), tmp_path)
+    past: list[float] = []
+    weights, refused = BASE, set()
+    for round_ in (1, 2):
+        # Before there is any history the global weights are the measure, then its median.
+        limit = 2.0 * (statistics.median(past) if past else max(float(weights.norm()), 1.0))
+        norms = {n: float(delta_of(n, weights).norm()) for n in names}
+        there = [n for n in names if norms[n] <= limit]
+        refused |= {(n, round_, "norm_too_large") for n in names if n not in there}
+        past += [norms[n] for n in there]
+        weights = expected(weights, there).float()
+    assert ("site-02", 1, "norm_too_large") in refused
+    assert {(r.site, r.round, str(r.reason)) for r in state.refusals} == refused
+    assert torch.allclose(state.global_, weights, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [3e38, 1e20])
+def test_a_huge_finite_first_update_does_not_poison_the_run(tmp_path, size):
+    study = study_of()
+
+    class OneHuge(Sites):
+        def delta(self, site: str, weights: torch.Tensor) -> torch.Tensor:
+            return torch.full((5,), size) if site == "site-05" else weights * 0.01
+
+    state = run_rounds(study, SCHEMA, BASE, InProcessGrid(OneHuge(study), CASES), tmp_path)
+    assert {r.site for r in state.refusals} == {"site-05"}
+    assert float(state.global_.abs().max()) < 2
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "{}", "7", "\x00"])
+def test_no_refusal_text_ends_a_run(tmp_path, text):
+    study = study_of(norm_bound=1e9)
     sites = Sites(study)
-    state = run_rounds(study, SCHEMA, BASE, InProcessGrid(sites, list(CASES)[:3]), tmp_path)
-    # Deltas grow from 0.1 |w| to 2: far over twice the median of the first round for site 2 only.
-    norms = [float(delta_of(n, BASE).norm()) for n in list(CASES)[:3]]
-    limit = 2.0 * sorted(norms)[1]
-    second = expected(BASE, list(CASES)[:3]).float()
-    too_long = {n for n in list(CASES)[:3] if float(delta_of(n, second).norm()) > limit}
-    assert {r.site for r in state.refusals} == too_long
+
+    def app(message: Message, context: Context) -> Message:
+        if site_of(context) != "site-02":
+            return sites(message, context)
+        return Message(RecordDict({"refusal": ConfigRecord({"json": text})}), reply_to=message)
+
+    state = run_rounds(study, SCHEMA, BASE, InProcessGrid(app, CASES), tmp_path)
+    assert state.round == 2
+    assert len(state.refusals) == 1
