@@ -183,7 +183,10 @@ def test_refusals_are_named_and_their_absence_is_said(tmp_path):
         detail="norm 812 > 41",
     )
     _, page = written(tmp_path, refusals=[refusal])
-    assert page.table("reason")[1] == ["valley", "7", "norm_too_large", "norm 812 > 41"]
+    assert page.table("reason")[1] == [
+        *("valley", "fedavg", "3", "7"),
+        *("norm_too_large", "norm 812 > 41"),
+    ]
     assert "1 answer did not count. The run went on without it." in page.words
     assert "every answer of every site passed" in written(tmp_path)[1].words
 
@@ -220,8 +223,8 @@ def test_hostile_text_stays_text_wherever_it_stands(tmp_path):
     assert "\x1b" not in text
     assert "\u202e" not in text
     assert "{{ 7*7 }}" in page.words
-    assert "49" not in page.table("reason")[1][3]
-    assert page.table("reason")[1][3].startswith("<script>alert('x')</script>")
+    assert "49" not in page.table("reason")[1][5]
+    assert page.table("reason")[1][5].startswith("<script>alert('x')</script>")
 
 
 def test_nothing_is_loaded_from_anywhere(tmp_path):
