@@ -25,15 +25,15 @@ SOURCE = {"source": {"kind": "folder", "sites_from": "column"}}
 
 
 def rows() -> list[Row]:
-    """Four rounds of three sites; what the engine adds is exchange, stores and checkpoints."""
+    """Four rounds of three sites, four steps on 64^3 patches: exchange, stores and checkpoints."""
     study = tiny_study(
-        network={"features": [16, 32, 64]},
-        training={"rounds": 4, "local_steps": 8, "patch": [32, 32, 32]},
+        network={"features": [16, 32, 64, 128], "residual_units": 2},
+        training={"rounds": 4, "local_steps": 4, "patch": [64, 64, 64]},
         evaluation={"validation": 0.0, "test": 0.0, "every": 0},
     )
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
-        data = write_folder(home / "data", size=32)
+        data = write_folder(home / "data", size=64)
         names = make_sites(study, Simulation.model_validate(SOURCE), data, home / "sites")
         arm = Arm.of(study, "uharmony", 0, names)
         opener = SiteOpener(arm, home / "sites", Machine(torch.get_num_threads(), "cpu"))
@@ -71,4 +71,5 @@ def rows() -> list[Row]:
         run_rounds(arm.study, schema, initial, InProcessGrid(app, arm.sites), home / "server")
         ours = time.perf_counter() - start
     name = "4 rounds x 3 sites of real training v. serial loop"
-    return [at_most(name, ours, "s", ours / serial, 1.05)]
+    added = Row("the same, added to each site's round", round((ours - serial) / 12, 3), "s")
+    return [at_most(name, ours, "s", ours / serial, 1.05), added]

@@ -2,7 +2,8 @@
 
 A draw's seed is the SHA-256 of (study seed, site, round, step, purpose). So a round can be
 repeated alone, in any order, in any process, with the same result. The global generators of
-torch, numpy and MONAI, and Python's `hash()`, are not used.
+numpy and MONAI, and Python's `hash()`, are not used; torch's serves only to initialise a network,
+whose layers draw from it, and is put back afterwards.
 """
 
 from __future__ import annotations

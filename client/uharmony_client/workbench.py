@@ -22,6 +22,7 @@ from uharmony_model.exchange.payload import (
     open_payload,
 )
 from uharmony_model.networks import build_network
+from uharmony_model.segmentation_network import SegmentationNetwork
 from uharmony_model.study import Study
 
 
@@ -29,8 +30,8 @@ class Workbench:
     """The network and the global weights that were used last."""
 
     def __init__(self) -> None:
-        self._made_for: tuple[str, tuple[str, ...], torch.device] | None = None
-        self._network: tuple[nn.Module, Partition] | None = None
+        self._made_for: tuple[str, int, torch.device] | None = None
+        self._network: SegmentationNetwork | None = None
         self._payload: bytes | None = None
         self._weights: tuple[Opened, Tensor] | None = None
 
@@ -38,13 +39,14 @@ class Workbench:
         self, study: Study, domains: tuple[str, ...], device: torch.device
     ) -> tuple[nn.Module, Partition]:
         """The study's network for these domains on `device`, and its partition."""
-        wanted = (study.digest, domains, device)
+        wanted = (study.digest, len(domains), device)
         if self._network is None or self._made_for != wanted:
             self._network = None  # freed before the next one is built: one model in memory
-            network = build_network(study, domains, seed=study.seed).to(device)
-            self._network = (network, Partition.of(network, study.plan.local))
+            self._network = build_network(study, domains, seed=study.seed).to(device)
             self._made_for = wanted
-        return self._network
+        # Sites with equally many domains share it: names are all that tells their layouts apart.
+        self._network.domains = domains
+        return self._network, Partition.of(self._network, study.plan.local)
 
     def weights(self, payload: bytes, order: Instruction, partition: Partition) -> Tensor:
         """The global weights (n,) of a payload that must belong to the instruction.

@@ -2,8 +2,8 @@
 
 Flower moves messages; what may be counted is decided by `admission`, what becomes of it by
 `aggregate`. One site's bad, late or missing answer is recorded with a reason and the round goes
-on; only a missing quorum stops it. Answers are consumed one at a time, so that memory does not
-grow with the number of sites.
+on; only a missing quorum stops it. Answers are consumed as they come and at most eight admitted
+updates are held, so that memory does not grow with the number of sites.
 """
 
 from __future__ import annotations

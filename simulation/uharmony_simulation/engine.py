@@ -1,7 +1,7 @@
 """A Flower Grid in this process: the sites' real ClientApp, one site after the other.
 
-Answers are produced while they are consumed, so one update is in memory at a time; there is one
-pool of threads and one model. What a site keeps lies in its own store on disk.
+Answers are produced while they are consumed, so that the strategy decides how many updates are in
+memory; there is one model. What a site keeps lies in its own store on disk.
 """
 
 from __future__ import annotations
