@@ -20,6 +20,7 @@ from flwr.serverapp import Grid
 from benchmarks.memory import peak_mib
 from benchmarks.network import study as some_study
 from benchmarks.rows import Row
+from uharmony_model.allocator import keep_freed_pages
 from uharmony_model.exchange.hello import Hello
 from uharmony_model.exchange.instruction import Instruction
 from uharmony_model.exchange.payload import Kind, decode, encode
@@ -148,7 +149,8 @@ def rows() -> list[Row]:
     return found
 
 
-def peak_with(sites: int) -> None:
-    """Print the peak MiB and the seconds a round with this many 20 MB sites (run in a child)."""
-    seconds = seconds_a_round(20, sites, "inprocess", rounds=3)
+def peak_with(megabytes: int, sites: int) -> None:
+    """Print the peak MiB and the seconds a round with so many sites (run in a child)."""
+    keep_freed_pages()
+    seconds = seconds_a_round(megabytes, sites, "inprocess", rounds=3)
     print(f"{peak_mib()} {seconds}")

@@ -128,7 +128,7 @@ def build_network(study: Study, domains: Sequence[str], *, seed: int) -> Segment
             f"{backbone.min_levels} to {backbone.max_levels}; change the list"
         )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_for(seed, "network"))
+        torch.default_generator.manual_seed(seed_for(seed, "network"))  # leaves CUDA alone
         built = backbone.build(network, task.channels, task.outputs)
     multiple = patch_multiple(network)
     if not study.plan.harmonized:

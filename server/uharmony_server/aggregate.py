@@ -54,7 +54,7 @@ class WeightedSum:
         self._weights.extend(weights)
 
     def apply(self, base: Tensor) -> Tensor:
-        """The new global weights `(n,)`; neither the sum nor `base` changes.
+        """The new global weights `(n,)`, in the memory of the sum, which is used up by this.
 
         Raises:
             QuorumError: nothing was added, or only with weight 0.
@@ -64,7 +64,9 @@ class WeightedSum:
         if total <= 0:
             raise QuorumError("no update with a weight above 0; there is nothing to aggregate")
         self._check(base)
-        return torch.add(base, self._sum, alpha=1 / total)
+        weights = torch.add(base, self._sum, alpha=1 / total, out=self._sum)
+        self._sum, self._weights = torch.empty(0), []
+        return weights
 
     def _check(self, flat: Tensor) -> None:
         if flat.shape != self._sum.shape or flat.dtype != torch.float32:

@@ -2,7 +2,7 @@
 
 Flower moves messages; what may be counted is decided by `admission`, what becomes of it by
 `aggregate`. One site's bad, late or missing answer is recorded with a reason and the round goes
-on; only a missing quorum stops it. Answers are consumed as they come and at most eight admitted
+on; only a missing quorum stops it. Answers are consumed as they come and at most two admitted
 updates are held, so that memory does not grow with the number of sites.
 """
 
@@ -38,7 +38,7 @@ from uharmony_server.checkpoint import Checkpoint
 from uharmony_server.metrics import records_from_metrics
 from uharmony_server.replies import hello_of, payload_of, refusal, refusal_of
 
-GROUP = 8  # admitted updates that are held at once; the sum does not depend on it
+GROUP = 2  # admitted updates that are held at once; the sum does not depend on it
 
 
 class HarmonyStrategy(Strategy):

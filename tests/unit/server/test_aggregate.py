@@ -26,11 +26,17 @@ def test_the_formula():
     assert running.apply(BASE).tolist() == expected
 
 
-def test_inputs_are_not_changed_and_the_sum_can_be_applied_twice():
+def test_inputs_are_not_changed_and_the_sum_is_used_up():
     copies = [tensor.clone() for tensor in (BASE, ONE, TWO)]
     running = WeightedSum(3)
     running.add([ONE, TWO], [1, 1])
-    assert torch.equal(running.apply(BASE), running.apply(BASE))
+    weights = running.apply(BASE)
+    kept = weights.clone()
+    with pytest.raises(QuorumError):
+        running.apply(BASE)
+    with pytest.raises(ExchangeError):
+        running.add([ONE], [1])
+    assert torch.equal(weights, kept)
     for tensor, copy in zip((BASE, ONE, TWO), copies, strict=True):
         assert torch.equal(tensor, copy)
 
