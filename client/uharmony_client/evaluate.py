@@ -9,7 +9,7 @@ import csv
 import io
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -73,11 +73,7 @@ def evaluate_split(
                     split=split,
                     round=round_,
                     class_name=name,
-                    dice=values.dice,
-                    surface_dice=values.surface_dice,
-                    hd95_mm=values.hd95_mm,
-                    lesion_recall=values.lesion_recall,
-                    fp_per_case=values.fp_per_case,
+                    **asdict(values),
                 )
             )
     return rows

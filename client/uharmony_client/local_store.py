@@ -27,7 +27,6 @@ from uharmony_model.atomic import (
 from uharmony_model.errors import StoreError
 
 KEPT = 3
-_FILES = ("update.bin", "local.safetensors")
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -79,11 +78,9 @@ class LocalStore:
         replace_directory(temporary, self._path(key.round))
         # Rounds after this one belong to a history that the coordinator has left.
         rounds = self._rounds()
-        for old in (
-            *(r for r in rounds if r > key.round),
-            *rounds[: rounds.index(key.round) + 1][:-KEPT],
-        ):
-            remove_directory(self._path(old))
+        kept = [r for r in rounds if r <= key.round][-KEPT:]
+        for number in set(rounds) - set(kept):
+            remove_directory(self._path(number))
 
     def update(self, key: RoundKey) -> bytes | None:
         """The update made for exactly this key, or None when there is none."""
