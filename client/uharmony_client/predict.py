@@ -20,7 +20,7 @@ import torch
 import typer
 from numpy.typing import NDArray
 
-from uharmony_client.command_line import run
+from uharmony_service.command_line import run
 from uharmony_client.device import choose_device
 from uharmony_client.grids import Grid, to_input_grid
 from uharmony_client.model_bundle import Model, load_bundle

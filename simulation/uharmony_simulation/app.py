@@ -11,7 +11,7 @@ import torch
 import typer
 from rich.console import Console
 
-from uharmony_client.command_line import run as run_command
+from uharmony_service.command_line import run as run_command
 from uharmony_model.allocator import keep_freed_pages
 from uharmony_model.errors import ConfigError
 from uharmony_model.methods import METHODS

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from typer import Typer
 
-from uharmony_client.command_line import run
+from uharmony_service.command_line import run
 from uharmony_model.study import Study
 from uharmony_simulation.app import app as simulation
 

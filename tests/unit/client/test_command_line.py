@@ -6,7 +6,7 @@ from typing import Annotated
 import pytest
 import typer
 
-from uharmony_client.command_line import one_line, run
+from uharmony_service.command_line import one_line, run
 from uharmony_model.errors import ConfigError, DataError, NetworkError, StoreError, UHarmonyError
 
 

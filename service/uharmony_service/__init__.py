@@ -1,0 +1,1 @@
+"""What a long-running service needs on either side of the federation."""
