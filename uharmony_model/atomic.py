@@ -2,7 +2,9 @@
 
 What is being written lies beside its place under `.NAME.tmp-...`; a directory that is being
 replaced waits under `.NAME.old`. `recover` takes away what a kill left behind, or brings it back.
-One process writes to a folder at a time.
+A call that returned is durable: a power cut does not undo it, and no order in which the disk
+wrote what was not yet synchronised leaves half of anything. One process writes to a folder at a
+time.
 """
 
 from __future__ import annotations
@@ -41,6 +43,29 @@ def write_atomic(path: Path, data: bytes | bytearray | memoryview, mode: int = 0
         _fsync(path.parent)
 
 
+def make_directory(path: Path, mode: int = 0o700) -> None:
+    """Make a directory and those above it that are missing, so that a power cut leaves them.
+
+    Raises:
+        StoreError: a folder cannot be written.
+    """
+    with _store_error(path):
+        missing: list[Path] = []
+        at = path
+        while not at.is_dir():
+            missing.append(at)
+            at = at.parent
+        for folder in reversed(missing):
+            folder.mkdir(mode=mode, exist_ok=True)
+            # A directory's name is an entry of its parent: its own fsync does not keep it.
+            _fsync(folder.parent)
+
+
+def set_aside(final: Path) -> Path:
+    """Where the whole old directory waits while another is put in the place of `final`."""
+    return final.parent / f".{final.name}.old"
+
+
 def temporary_directory(final: Path) -> Path:
     """Make a private (0700) empty directory beside `final`, to be filled and put in its place.
 
@@ -62,7 +87,10 @@ def replace_directory(temporary: Path, final: Path) -> None:
             for name in names:
                 _fsync(Path(folder) / name)
             _fsync(Path(folder))
-        old = final.parent / f".{final.name}.old"
+        old = set_aside(final)
+        if old.exists() and not final.exists():
+            # A write was cut between its two renames: this is the last one that was complete.
+            os.rename(old, final)  # noqa: PTH104
         remove_directory(old)
         if final.exists():
             os.rename(final, old)  # noqa: PTH104
@@ -77,7 +105,7 @@ def replace_directory(temporary: Path, final: Path) -> None:
 
 
 def remove_directory(path: Path) -> None:
-    """Remove a directory, if it exists, so that a kill never leaves half of it under its name.
+    """Remove a directory, if it exists, so that nothing ever leaves half of it under its name.
 
     Raises:
         StoreError: it cannot be removed.
@@ -89,6 +117,8 @@ def remove_directory(path: Path) -> None:
             doomed = temporary_directory(path)
             os.rename(path, doomed)  # noqa: PTH104 - onto an empty directory, which is allowed
             path = doomed
+        # Were the names not durable first, a power cut could undo them and keep the emptying.
+        _fsync(path.parent)
         shutil.rmtree(path)
 
 
@@ -99,10 +129,12 @@ def recover(folder: Path) -> None:
         StoreError: the folder cannot be read or written.
     """
     with _store_error(folder):
-        for leftover in sorted(folder.iterdir()) if folder.is_dir() else []:
-            found = _LEFTOVER.match(leftover.name)
-            if not found:
-                continue
+        paths = sorted(folder.iterdir()) if folder.is_dir() else []
+        leftovers = [(path, found) for path in paths if (found := _LEFTOVER.match(path.name))]
+        if leftovers:
+            # What stands in its place may be newer than the last fsync; `.old` is emptied below.
+            _fsync(folder)
+        for leftover, found in leftovers:
             final = folder / found["name"]
             if found["kind"] == "old" and not final.exists():
                 # Killed between the two renames: the old one is the last that was complete.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     Field,
@@ -27,6 +27,8 @@ from uharmony_model.methods import METHODS, Method
 Triple = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
 Split = Literal["train", "validation", "test"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+Metric = Literal["dice", "surface_dice", "hd95_mm", "lesion_recall", "fp_per_case"]
+METRICS: tuple[Metric, ...] = get_args(Metric)
 
 
 class Window(Frozen):
@@ -172,7 +174,7 @@ class Codec(Frozen):
 
 
 class Evaluation(Frozen):
-    """Splits by patient, and what is measured when."""
+    """Splits by patient, and what is measured when; `metrics` are the means a site is asked for."""
 
     validation: Annotated[float, Field(ge=0, lt=1)] = 0.1
     test: Annotated[float, Field(ge=0, lt=1)] = 0.3
@@ -180,6 +182,14 @@ class Evaluation(Frozen):
     overlap: Annotated[float, Field(ge=0, lt=1)] = 0.5
     surface_tolerance_mm: PositiveFloat = 2.0
     bootstrap: PositiveInt = 1000
+    metrics: tuple[Metric, ...] = METRICS
+
+    @field_validator("metrics")
+    @classmethod
+    def _each_once(cls, metrics: tuple[Metric, ...]) -> tuple[Metric, ...]:
+        if len(set(metrics)) != len(metrics):
+            raise ValueError("a metric is named twice")
+        return tuple(name for name in METRICS if name in metrics)  # one order, one digest
 
     @model_validator(mode="after")
     def _leaves_training(self) -> Evaluation:
@@ -213,6 +223,12 @@ class Study(Frozen):
     def plan(self) -> Method:
         """What the study's method makes of the network and the partition."""
         return METHODS[self.method]
+
+    @property
+    def asks(self) -> tuple[str, ...]:
+        """What leaves a site as named values: metrics, `cases` as the weight, the mean `loss`."""
+        weight = ("cases",) if self.federation.weighting == "cases" else ()
+        return (*self.evaluation.metrics, *weight, "loss")
 
     def canonical_json(self) -> str:
         """Keys in their declared order, no spaces: equal studies give equal text.

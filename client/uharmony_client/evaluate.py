@@ -1,4 +1,4 @@
-"""What a model is worth at this site, case by case; only means over cases leave.
+"""What a model is worth at this site, case by case; only means over enough cases leave.
 
 Metrics are measured on the study's grid (RAS, the study's spacing), over the whole volume.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -17,15 +17,18 @@ from torch import Tensor, nn
 
 from uharmony_client.case_table import Case
 from uharmony_client.site import Site
+from uharmony_client.small_cells import shown_count, withheld
 from uharmony_model.atomic import write_atomic
+from uharmony_model.exchange.payload import Value
 from uharmony_model.inference import predict_logits
 from uharmony_model.metrics import bootstrap_interval, measure_case
 from uharmony_model.randomness import numpy_generator
-from uharmony_model.study import Split
+from uharmony_model.study import METRICS, Split
 from uharmony_model.targets import to_masks, to_targets
 
-METRICS = ("dice", "surface_dice", "hd95_mm", "lesion_recall", "fp_per_case")
-MetricValues = dict[str, float | int | None]
+__all__ = ["METRICS", "CaseRow", "evaluate_split", "predict_masks", "save_rows", "summarise"]
+
+MetricValues = dict[str, Value]
 
 
 @dataclass(frozen=True)
@@ -96,22 +99,34 @@ def summarise(rows: Sequence[CaseRow], site: Site) -> MetricValues:
     """Means over cases as named scalars `split/site/domain/class/metric`: what may leave.
 
     `dice_low` and `dice_high` bound the mean Dice with 95 % (percentile bootstrap over cases).
+    The metrics are those the study asks for. Where the site's policy withholds a domain's cases,
+    its count leaves as `<11` and its means not at all; a mean over too few cases in which the
+    metric is defined leaves as null.
     """
+    asked, least = site.study.evaluation.metrics, site.config.policy.min_cases
+    hidden = _withheld(rows, least)
     values: MetricValues = {}
     groups: dict[tuple[str, str, str, str], list[CaseRow]] = {}
     for row in rows:
         groups.setdefault((row.split, row.site, row.domain, row.class_name), []).append(row)
     for (split, name, domain, class_name), group in sorted(groups.items()):
         prefix = f"{split}/{name}/{domain}/{class_name}"
+        if (split, name, domain) in hidden:
+            values[f"{prefix}/n_cases"] = shown_count(len(group), least, hidden=True)
+            continue
+        values[f"{prefix}/n_cases"] = len(group)
+        for metric in asked:
+            values[f"{prefix}/{metric}"] = _mean([getattr(row, metric) for row in group], least)
+        if "dice" not in asked:
+            continue
         where = (site.name, group[0].round, "bootstrap", prefix)
         _, low, high = bootstrap_interval(
             [row.dice for row in group],
             site.study.evaluation.bootstrap,
             numpy_generator(site.study.seed, *where),
         )
-        values[f"{prefix}/n_cases"] = len(group)
-        for metric in METRICS:
-            values[f"{prefix}/{metric}"] = _mean(getattr(row, metric) for row in group)
+        if values[f"{prefix}/dice"] is None:
+            low = high = None
         values[f"{prefix}/dice_low"], values[f"{prefix}/dice_high"] = low, high
     return values
 
@@ -129,6 +144,19 @@ def save_rows(rows: Sequence[CaseRow], site: Site, split: str, round_: int) -> N
     write_atomic(path, text.getvalue().encode())
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
+def _withheld(rows: Sequence[CaseRow], least: int) -> set[tuple[str, str, str]]:
+    """The cells (split, site, domain) whose numbers do not leave."""
+    cells: dict[tuple[str, str], dict[str, set[str]]] = {}
+    for row in rows:
+        domains = cells.setdefault((row.split, row.site), {})
+        domains.setdefault(row.domain, set()).add(row.case)
+    return {
+        (*where, domain)
+        for where, domains in cells.items()
+        for domain in withheld({name: len(cases) for name, cases in domains.items()}, least)
+    }
+
+
+def _mean(values: Sequence[float | None], least: int) -> float | None:
     defined = [value for value in values if value is not None]
-    return statistics.fmean(defined) if defined else None
+    return statistics.fmean(defined) if defined and len(defined) >= least else None

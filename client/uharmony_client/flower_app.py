@@ -1,125 +1,186 @@
-"""The site's only file that speaks Flower: instructions in, one payload out.
+"""The site's file that speaks Flower: instructions in, one payload out.
 
-Three questions are answered: `hello` (who are you, what did you agree to), `train` (one round)
-and `evaluate`. The server sends data, never code. What a site cannot do it says with a reason,
-in an answer of its own kind; the federation goes on without it.
+Four questions are answered: `hello` (who are you, what did you agree to), `train` (one round),
+`evaluate`, and `finish`. The server sends data, never code. What a site cannot do it says with a
+reason, in an answer of its own kind; the federation goes on without it. A full disk or memory is
+no answer: the process ends, is started again, and is asked again.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
+import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from uharmony_client.evaluate import evaluate_split, save_rows, summarise
+from uharmony_client.ledger import Ledger
 from uharmony_client.local_store import RoundKey
 from uharmony_client.local_train import train_round
-from uharmony_client.policy import apply_policy
+from uharmony_client.outgoing import Outgoing
+from uharmony_client.policy import STARTED_FROM, apply_policy
 from uharmony_client.site import Site
-from uharmony_client.workbench import Workbench, initial_local, site_parameters
-from uharmony_model.errors import ExchangeError, TrainingError
+from uharmony_client.site_results import keep_federated_model
+from uharmony_client.small_cells import EQUAL, update_values
+from uharmony_client.step_checkpoint import StepCheckpoint
+from uharmony_client.workbench import Workbench, site_parameters
+from uharmony_model.errors import ExchangeError, StoreError, TrainingError
 from uharmony_model.exchange.hello import Hello
-from uharmony_model.exchange.instruction import Instruction
+from uharmony_model.exchange.instruction import Instruction, Receipt
 from uharmony_model.exchange.payload import Kind, encode
 from uharmony_model.exchange.schema import unflatten
+from uharmony_model.initial import initial_local
 
 log = logging.getLogger(__name__)
 OpenSite = Callable[[Context], Site]
 OnStep = Callable[[str, int, int, float], None]
+OnInstruction = Callable[[Instruction], None]
 
 
-def make_client_app(open_site: OpenSite, *, on_step: OnStep | None = None) -> ClientApp:
-    """A Flower ClientApp for the site that `open_site` opens from a node's context."""
+@dataclass(frozen=True)
+class Listeners:
+    """Who is told what happens: an instruction (before it is followed), a step, the end."""
+
+    instruction: OnInstruction = lambda order: None
+    step: OnStep | None = None
+    finished: Callable[[], None] = lambda: None
+
+
+@dataclass
+class _Desk:
+    """What one process keeps between instructions."""
+
+    open_site: OpenSite
+    outgoing: Callable[[Site], Outgoing]
+    listeners: Listeners
+    bench: Workbench = field(default_factory=Workbench)
+
+
+def make_client_app(
+    open_site: OpenSite,
+    *,
+    outgoing: Callable[[Site], Outgoing] | None = None,
+    on_step: OnStep | None = None,
+    listeners: Listeners | None = None,
+) -> ClientApp:
+    """A Flower ClientApp for the site that `open_site` opens from a node's context.
+
+    Everything that leaves passes through `outgoing`; without one, policies still hold but there
+    is no ledger: nothing leaves a building in a simulation.
+    """
     app = ClientApp()
-    bench = Workbench()
+    desk = _Desk(
+        open_site,
+        outgoing or (lambda site: Outgoing(None, site.config.policy)),
+        listeners or Listeners(step=on_step),
+    )
 
     @app.query("hello")
     def hello(message: Message, context: Context) -> Message:
-        def work() -> RecordDict:
-            site = open_site(context)
-            text = Hello(site=site.name, study=site.study.digest).model_dump_json()
-            return RecordDict({"hello": ConfigRecord({"json": text})})
+        return _answer(desk, message, context, _hello)
 
-        return _reply(message, work)
+    @app.query("finish")
+    def finish(message: Message, context: Context) -> Message:
+        return _answer(desk, message, context, _finish)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        def work() -> RecordDict:
-            site = open_site(context)
-            order, payload = _asked(message, site)
-            return _carried(_train(bench, site, order, payload, on_step))
-
-        return _reply(message, work)
+        return _answer(desk, message, context, _train)
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
-        def work() -> RecordDict:
-            site = open_site(context)
-            order, payload = _asked(message, site)
-            return _carried(_evaluate(bench, site, order, payload))
-
-        return _reply(message, work)
+        return _answer(desk, message, context, _evaluate)
 
     return app
 
 
-def _train(
-    bench: Workbench, site: Site, order: Instruction, payload: bytes, on_step: OnStep | None
-) -> bytes:
-    """The site's round: from its store when it has it, else trained, stored, then sent."""
-    study = site.study
-    network, partition = bench.network(study, site.domains, site.device)
-    base = bench.weights(payload, order, partition)
-    key = RoundKey(study.digest, order.round, order.base)
-    stored = site.store.update(key)
-    if stored is not None:
-        return stored
-    before = site.store.before(study.digest, order.round)
-    if before is None:
-        before = initial_local(study, site.domains)
-    listener = None if on_step is None else _listener(on_step, site.name, order.round)
-    data = site.training_data()
-    result = train_round(
-        network,
-        data,
-        study=study,
-        partition=partition,
-        base=base,
-        before=before,
-        round_=order.round,
-        on_step=listener,
-    )
-    update = encode(
-        kind=Kind.UPDATE,
-        study=study.digest,
-        round=order.round,
+def _hello(
+    desk: _Desk, site: Site, out: Outgoing, order: Instruction, message: Message
+) -> RecordDict:
+    values = update_values(len(site.split("train")), 0.0, site.study, site.config.policy)
+    text = Hello(
         site=site.name,
-        base=order.base,
-        codec=study.codec.up,
-        schema=partition.shared_schema,
-        values={"cases": len(data.volumes), "loss": result.loss},
-        flat=apply_policy(result.update, site.config.policy),
-    )
-    site.store.write(key, update, result.local)
-    return update
+        study=site.study.digest,
+        weight="equal" if values["cases"] == EQUAL else "cases",
+    ).model_dump_json()
+    text = out.text("hello", site.study.digest, 0, text)
+    return RecordDict({"hello": ConfigRecord({"json": text})})
 
 
-def _evaluate(bench: Workbench, site: Site, order: Instruction, payload: bytes) -> bytes:
+def _finish(
+    desk: _Desk, site: Site, out: Outgoing, order: Instruction, message: Message
+) -> RecordDict:
+    text = out.text("status", site.study.digest, order.round, json.dumps({"finished": order.round}))
+    desk.listeners.finished()
+    return RecordDict({"status": ConfigRecord({"json": text})})
+
+
+def _train(
+    desk: _Desk, site: Site, out: Outgoing, order: Instruction, message: Message
+) -> RecordDict:
+    """The site's round: from its store when it has it, else trained, stored, then sent."""
+    study, policy, store = site.study, site.config.policy, site.store
+    network, partition = desk.bench.network(study, site.domains, site.device)
+    base = desk.bench.weights(_payload_of(message), order, partition)
+    key = RoundKey(study.digest, order.round, order.base)
+    update = store.update(key)
+    if update is None:
+        _refuse_rollback(site, order)
+        before = store.before(study.digest, order.round)
+        if before is None:
+            before = initial_local(study, site.domains)
+        step = desk.listeners.step
+        data = site.training_data()
+        result = train_round(
+            network,
+            data,
+            study=study,
+            partition=partition,
+            base=base,
+            before=before,
+            round_=order.round,
+            on_step=None if step is None else _listener(step, site.name, order.round),
+            checkpoint=StepCheckpoint(store.folder, key, site.config.resources.checkpoint_steps),
+        )
+        values = update_values(len(data.volumes), result.loss, study, policy)
+        update = encode(
+            kind=Kind.UPDATE,
+            study=study.digest,
+            round=order.round,
+            site=site.name,
+            base=order.base,
+            codec=study.codec.up,
+            schema=partition.shared_schema,
+            values={**values, STARTED_FROM: store.started_from(study.digest, order.round)},
+            flat=apply_policy(result.update, policy),
+        )
+        store.write(key, update, result.local, allow_rollback=policy.allow_rollback)
+    return _carried(out.payload(update, partition.shared_schema))
+
+
+def _evaluate(
+    desk: _Desk, site: Site, out: Outgoing, order: Instruction, message: Message
+) -> RecordDict:
     """The global weights with the site's own parameters, measured on the splits asked for."""
     study = site.study
-    network, partition = bench.network(study, site.domains, site.device)
-    flat = bench.weights(payload, order, partition)
+    network, partition = desk.bench.network(study, site.domains, site.device)
+    flat = desk.bench.weights(_payload_of(message), order, partition)
     own = site_parameters(site, after_round=order.round)
-    network.load_state_dict(partition.merge(unflatten(flat, partition.shared_schema), own))
+    shared = unflatten(flat, partition.shared_schema)
+    network.load_state_dict(partition.merge(shared, own))
     rows = []
     for split in order.splits:
         found = evaluate_split(network, site, split, round_=order.round, slow=order.final)
         save_rows(found, site, split, order.round)
         rows += found
-    return encode(
+    if order.final and out.ledger is not None:
+        keep_federated_model(site, shared, order.round)
+    metrics = encode(
         kind=Kind.METRICS,
         study=study.digest,
         round=order.round,
@@ -130,26 +191,47 @@ def _evaluate(bench: Workbench, site: Site, order: Instruction, payload: bytes) 
         values=summarise(rows, site),
         flat=None,
     )
+    return _carried(out.payload(metrics, None))
 
 
-def _asked(message: Message, site: Site) -> tuple[Instruction, bytes]:
-    """The instruction and the payload that came with it.
+def _refuse_rollback(site: Site, order: Instruction) -> None:
+    """A coordinator that lost its disk asks for an old round anew; only the site may allow it.
 
     Raises:
-        ExchangeError: they cannot be read, or are of a study this site did not approve.
+        ExchangeError: this site has done a later round, and its policy does not allow to go back.
+    """
+    newest = site.store.newest(site.study.digest)
+    if order.round < newest and not site.config.policy.allow_rollback:
+        raise ExchangeError(
+            f"asked to train round {order.round} anew, this site has done round {newest}; if the "
+            "coordinator lost its state, the site allows it with policy.allow_rollback: true"
+        )
+
+
+def _order_of(message: Message, site: Site) -> Instruction:
+    """The instruction.
+
+    Raises:
+        ExchangeError: it cannot be read, or is of a study this site did not approve.
     """
     try:
         text = message.content.config_records["instruction"]["json"]
-        array = message.content.array_records["payload"]["payload"]
     except KeyError:
-        raise ExchangeError("a message without instruction or payload; send both") from None
+        raise ExchangeError("a message without an instruction; send one") from None
     order = Instruction.from_json(str(text))
     if order.study != site.study.digest:
         raise ExchangeError(
             f"asked for study {order.study[:12]}, this site approved {site.study.digest[:12]}; "
             "approve the changed study as a new one"
         )
-    return order, array.data
+    return order
+
+
+def _payload_of(message: Message) -> bytes:
+    try:
+        return message.content.array_records["payload"]["payload"].data
+    except KeyError:
+        raise ExchangeError("a message without a payload; send the weights") from None
 
 
 def _carried(data: bytes) -> RecordDict:
@@ -157,16 +239,57 @@ def _carried(data: bytes) -> RecordDict:
     return RecordDict({"payload": ArrayRecord({"payload": array})})
 
 
-def _reply(message: Message, work: Callable[[], RecordDict]) -> Message:
-    """Do one piece of work; an error becomes a refusal that says no more than may leave."""
+Work = Callable[[_Desk, Site, Outgoing, Instruction, Message], RecordDict]
+
+
+def _answer(desk: _Desk, message: Message, context: Context, work: Work) -> Message:
+    """Do one piece of work; an error becomes a refusal that says no more than may leave.
+
+    Raises:
+        StoreError, MemoryError: the machine has no room; another answer would be a wrong one.
+    """
+    out: Outgoing | None = None
+    order: Instruction | None = None
     try:
-        content = work()
+        site = desk.open_site(context)
+        out = desk.outgoing(site)
+        order = _order_of(message, site)
+        desk.listeners.instruction(order)
+        if order.receipt is not None and out.ledger is not None:
+            _keep_receipt(out.ledger, order.receipt)
+        content = work(desk, site, out, order, message)
     except Exception as error:  # whatever goes wrong here, its text stays here
         log.warning("refused: %s", error)
         log.debug("where it went wrong", exc_info=True)
-        refusal = json.dumps({"detail": _speakable(error)})
-        content = RecordDict({"refusal": ConfigRecord({"json": refusal})})
+        if _no_room(error):
+            raise
+        text = json.dumps({"detail": _speakable(error)})
+        if out is not None:
+            study, round_ = ("", 0) if order is None else (order.study, order.round)
+            text = out.text("refusal", study, round_, text)
+        content = RecordDict({"refusal": ConfigRecord({"json": text})})
+    if out is not None and out.ledger is not None:
+        head = json.dumps({"seq": out.ledger.head.seq, "sha256": out.ledger.head.sha256})
+        content["ledger"] = ConfigRecord({"json": head})
     return Message(content, reply_to=message)
+
+
+def _keep_receipt(ledger: Ledger, receipt: Receipt) -> None:
+    when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    try:
+        ledger.add_receipt(receipt.seq, receipt.sha256, when)
+    except StoreError as error:
+        # The round does not depend on it, but somebody should look.
+        log.error("the coordinator has seen another ledger than this one: %s", error)
+
+
+def _no_room(error: Exception) -> bool:
+    """A full disk or memory passes; the site starts again and is asked again."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    if isinstance(error, RuntimeError) and "allocate memory" in str(error):
+        return True
+    return isinstance(error, StoreError) and isinstance(error.__cause__, OSError)
 
 
 def _speakable(error: Exception) -> str:

@@ -1,7 +1,8 @@
 """Step 5 of the data's way: one round of training at one site, legible at a glance.
 
 A round is a pure function `(global, local before, seed) -> (update, local after)`: nothing else
-goes in, so it can be repeated with the same result to the last bit.
+goes in, so it can be repeated with the same result to the last bit. A checkpoint between its
+steps changes when they are computed, never what comes out.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from uharmony_client.optimizer import make_optimizer, moments, restore_moments
+from uharmony_client.step_checkpoint import StepCheckpoint
 from uharmony_model.errors import TrainingError
 from uharmony_model.exchange.partition import Partition
 from uharmony_model.exchange.schema import flatten, unflatten
@@ -54,8 +56,11 @@ def train_round(
     before: Mapping[str, Tensor],
     round_: int,
     on_step: StepListener | None = None,
+    checkpoint: StepCheckpoint | None = None,
 ) -> RoundResult:
     """Train `study.training.local_steps` steps from the global weights `base (n,)`.
+
+    With a `checkpoint` an interrupted round goes on from the last step that was kept.
 
     Raises:
         TrainingError: the loss is not finite; the round leaves nothing behind.
@@ -70,8 +75,13 @@ def train_round(
         restore_moments(optimizer, network, before)
 
     network.train()
-    annotated, total = data.annotated.to(device), 0.0
-    for step in range(training.local_steps):
+    annotated, done, total = data.annotated.to(device), 0, 0.0
+    unfinished = None
+    # The end of the round is kept as its generation, so a short round costs nothing here.
+    if checkpoint is not None and training.local_steps > checkpoint.every:
+        unfinished = checkpoint.of(network, optimizer, before)
+        done, total = unfinished.take_up()
+    for step in range(done, training.local_steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(training, (round_ - 1) * training.local_steps + step)
         where = (data.site, round_, step)
@@ -94,6 +104,8 @@ def train_round(
                 "check the intensity policy or lower training.learning_rate"
             )
         total += value
+        if unfinished is not None and step + 1 < training.local_steps:
+            unfinished.keep(step + 1, total)
         if on_step is not None:
             on_step(step, value)
 

@@ -8,13 +8,9 @@ Arrays keep the voxel axes of the file: (D, H, W) = (i, j, k), channels in front
 
 from __future__ import annotations
 
-import contextlib
-import gzip
 import io
 import math
-import struct
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -22,6 +18,7 @@ import numpy as np
 from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
+from uharmony_client.volume_error import Reason, VolumeError
 from uharmony_client.volume_header import (
     DATA_OFFSETS,
     HEADERS,
@@ -29,15 +26,14 @@ from uharmony_client.volume_header import (
     VolumeHeader,
     encode_volume,
 )
+from uharmony_client.volume_stream import HEADER_SIZES, open_stream, read_block
 from uharmony_model.atomic import write_atomic
-from uharmony_model.errors import DataError
 
 MAX_VOXELS = 512**3
 MAX_CHANNELS = 16
 
 _CHUNK = 1 << 20  # bytes; a multiple of every voxel size
-_MAX_OFFSET = 16 << 20  # bytes of header extensions; scanners write some kilobytes
-_MAX_RATIO = 1032  # deflate cannot compress further (zlib's technical notes)
+MAX_OFFSET = 16 << 20  # bytes of header extensions; scanners write some kilobytes
 _SPACING_MM = (1e-3, 1e3)  # outside, the file's unit is no millimetre
 _FAR_MM = 1e6  # a kilometre from the scanner's centre
 _MIN_VOLUME = 1e-3  # of the unit cell, relative to a right-angled one
@@ -48,7 +44,6 @@ _DTYPES = {
 }  # fmt: skip
 _OTHER_DTYPES = {1: "binary", 32: "complex", 128: "RGB", 1792: "complex", 2304: "RGBA"}
 _UNITS = {1: "metre", 3: "micrometre"}
-_HEADER_SIZES = {1: 348, 2: 540}
 
 
 class LoadedVolume(NamedTuple):
@@ -65,22 +60,25 @@ def load_volume(
     """Read a NIfTI-1 or NIfTI-2 file (.nii or .nii.gz, told apart by content).
 
     Raises:
-        DataError: the file is missing, damaged, larger than allowed, or no 3D volume of
-            finite real numbers on a usable grid.
+        VolumeError: a DataError: the file is missing, damaged, larger than allowed, or no 3D
+            volume of finite real numbers on a usable grid.
     """
     if not path.is_file():
-        raise DataError(f"{path}: no such volume")
+        _fail(path, "missing", "no such volume")
     try:
-        with _open(path) as (stream, available):
+        with open_stream(path) as (stream, available):
             header, dtype, (slope, offset), start = _read_header(stream, path, max_channels)
             _check_size(path, header, dtype, start, available, max_voxels)
             flat = _read_voxels(stream, path, header, dtype, slope, offset)
             if stream.read(1):
-                raise DataError(f"{path}: holds more than its header declares; export it again")
+                _fail(path, "damaged", "holds more than its header declares; export it again")
+    except PermissionError:
+        _fail(path, "missing", "may not be read by this user; give it the right to")
     except (OSError, EOFError, zlib.error) as error:
-        _fail(path, f"cannot be read to its end ({type(error).__name__}); copy or export it again")
+        kind = type(error).__name__
+        _fail(path, "damaged", f"cannot be read to its end ({kind}); copy or export it again")
     except MemoryError:
-        raise DataError(f"{path}: does not fit in memory; lower resources.max_voxels") from None
+        _fail(path, "too-large", "does not fit in memory; lower resources.max_voxels")
     # The file has i fastest, so the reversed shape is C-contiguous and its transpose a view.
     array = flat.reshape(header.channels, *reversed(header.shape)).transpose(0, 3, 2, 1)
     return LoadedVolume(array[0] if header.channels == 1 else array, header.affine, header)
@@ -96,62 +94,36 @@ def save_probabilities(path: Path, values: NDArray[np.float32], header: VolumeHe
     write_atomic(path, encode_volume(values.astype(np.float32, copy=False), header))
 
 
-@contextlib.contextmanager
-def _open(path: Path) -> Iterator[tuple[Any, int]]:
-    """The uncompressed stream and an upper bound of the bytes in it."""
-    with path.open("rb") as raw:
-        size = path.stat().st_size
-        magic = raw.read(2)
-        raw.seek(0)
-        if magic == b"\x1f\x8b":
-            with gzip.GzipFile(fileobj=raw, mode="rb") as stream:
-                yield stream, size * _MAX_RATIO
-        else:
-            yield raw, size
-
-
 def _read_header(
     stream: Any, path: Path, max_channels: int
 ) -> tuple[VolumeHeader, np.dtype[Any], tuple[float, float], int]:
     """Header, voxel type, (slope, offset) and the number of bytes before the voxels."""
-    start = stream.read(4)
-    order, version = next(
-        (
-            (order, version)
-            for order in "<>"
-            for version, size in _HEADER_SIZES.items()
-            if start == struct.pack(f"{order}i", size)
-        ),
-        (None, None),
-    )
-    if order is None or version is None:
-        _fail(path, "is no NIfTI file; convert it to .nii or .nii.gz")
-    block = start + stream.read(_HEADER_SIZES[version] - 4)
-    if len(block) < _HEADER_SIZES[version]:
-        _fail(path, "ends inside its header; copy or export it again")
+    block, order, version = read_block(stream, path)
     fields = HEADERS[version](block, endianness=order, check=False).structarr
     if bytes(fields["magic"])[:3] != f"n+{version}".encode():
-        _fail(path, "is not a single-file NIfTI; convert it to .nii or .nii.gz")
+        _fail(path, "format", "is not a single-file NIfTI; convert it to .nii or .nii.gz")
 
     shape, channels = _dimensions(fields["dim"], path, max_channels)
     code = int(fields["datatype"])
     if code not in _DTYPES:
         kind = _OTHER_DTYPES.get(code, f"type {code}")
-        _fail(path, f"has {kind} voxels; expected integers or real numbers")
+        _fail(path, "voxel-type", f"has {kind} voxels; expected integers or real numbers")
     slope, offset = float(fields["scl_slope"]), float(fields["scl_inter"])
     if slope == 0:  # the standard's "not scaled"
         slope, offset = 1.0, 0.0
     if not (math.isfinite(slope) and math.isfinite(offset)):
-        _fail(path, f"has the scaling slope {slope} and offset {offset}; export it again")
+        _fail(
+            path, "scaling", f"has the scaling slope {slope} and offset {offset}; export it again"
+        )
     begin = float(fields["vox_offset"]) or float(DATA_OFFSETS[version])
-    if not (_HEADER_SIZES[version] <= begin <= _MAX_OFFSET) or begin != int(begin):
-        _fail(path, f"says that its voxels begin at byte {begin}; export it again")
+    if not (HEADER_SIZES[version] <= begin <= MAX_OFFSET) or begin != int(begin):
+        _fail(path, "damaged", f"says that its voxels begin at byte {begin}; export it again")
     header = _grid(fields, version, shape, channels, path)
     left = int(begin) - len(block)
     while left > 0:  # header extensions are passed over, never kept
         piece = stream.read(min(left, _CHUNK))
         if not piece:
-            _fail(path, "ends before its voxels; copy or export it again")
+            _fail(path, "damaged", "ends before its voxels; copy or export it again")
         left -= len(piece)
     dtype = np.dtype(f"{order}{_DTYPES[code]}")
     return header, dtype, (slope, offset), int(begin)
@@ -163,12 +135,16 @@ def _dimensions(dim: Any, path: Path, max_channels: int) -> tuple[tuple[int, int
     while len(sizes) > 3 and sizes[-1] == 1:
         sizes.pop()
     if len(sizes) not in (3, 4):
-        _fail(path, f"has {max(rank, 0)} dimensions; expected 3, or 4 with the channels last")
+        _fail(
+            path,
+            "dimensions",
+            f"has {max(rank, 0)} dimensions; expected 3, or 4 with the channels last",
+        )
     if min(sizes) < 1:
-        _fail(path, f"has the size {_times(sizes)}; every size must be at least 1")
+        _fail(path, "dimensions", f"has the size {_times(sizes)}; every size must be at least 1")
     channels = sizes[3] if len(sizes) == 4 else 1
     if channels > max_channels:
-        _fail(path, f"has {channels} channels; at most {max_channels} are expected")
+        _fail(path, "dimensions", f"has {channels} channels; at most {max_channels} are expected")
     return (sizes[0], sizes[1], sizes[2]), channels
 
 
@@ -177,10 +153,10 @@ def _grid(
 ) -> VolumeHeader:
     spacing = [float(value) for value in fields["pixdim"][1:4]]
     if not all(0 < value <= _FAR_MM for value in spacing):
-        _fail(path, f"has the voxel size {_times(spacing)}; expected positive millimetres")
+        _fail(path, "grid", f"has the voxel size {_times(spacing)}; expected positive millimetres")
     unit = int(fields["xyzt_units"]) & 7
     if unit in _UNITS:
-        _fail(path, f"is in {_UNITS[unit]}s; expected millimetres")
+        _fail(path, "grid", f"is in {_UNITS[unit]}s; expected millimetres")
     # An unused transform may hold anything, and must not keep a good file out.
     uses_sform, uses_qform = int(fields["sform_code"]) != 0, int(fields["qform_code"]) != 0
     rows = [[float(v) for v in fields[f"srow_{axis}"]] for axis in "xyz"]
@@ -191,7 +167,11 @@ def _grid(
     good_sform = all(abs(v) <= _FAR_MM for row in rows for v in row)
     good_qform = all(abs(v) <= _FAR_MM for v in (*quaternion, *qoffset)) and abs(qfac) == 1
     if (uses_sform and not good_sform) or (uses_qform and not uses_sform and not good_qform):
-        _fail(path, "has a position or direction that is not finite or absurd; export it again")
+        _fail(
+            path,
+            "grid",
+            "has a position or direction that is not finite or absurd; export it again",
+        )
     keep_qform = uses_qform and good_qform
     header = VolumeHeader(
         nifti=version,
@@ -208,12 +188,12 @@ def _grid(
     try:
         affine = header.affine
     except (HeaderDataError, ValueError) as error:
-        _fail(path, f"has a direction that is no rotation ({type(error).__name__})")
+        _fail(path, "grid", f"has a direction that is no rotation ({type(error).__name__})")
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
     if not np.all((lengths > _SPACING_MM[0]) & (lengths < _SPACING_MM[1])):
-        _fail(path, f"has the voxel size {_times(lengths)}; expected millimetres")
+        _fail(path, "grid", f"has the voxel size {_times(lengths)}; expected millimetres")
     if abs(np.linalg.det(affine[:3, :3] / lengths)) < _MIN_VOLUME:
-        _fail(path, "has axes that lie in one plane (singular affine); export it again")
+        _fail(path, "grid", "has axes that lie in one plane (singular affine); export it again")
     return header
 
 
@@ -229,11 +209,12 @@ def _check_size(
     if voxels > max_voxels:
         _fail(
             path,
+            "too-large",
             f"declares {_times(header.shape)} voxels; at most {max_voxels} are allowed "
             "(resources.max_voxels)",
         )
     if start + voxels * header.channels * dtype.itemsize > available:
-        _fail(path, "holds less than its header declares; copy or export it again")
+        _fail(path, "damaged", "holds less than its header declares; copy or export it again")
 
 
 def _read_voxels(
@@ -258,7 +239,11 @@ def _read_voxels(
             else:
                 target[:] = values.astype(np.float64) * slope + offset
         if not np.isfinite(target).all():
-            _fail(path, "has voxels that are not finite (NaN or infinite); export it again")
+            _fail(
+                path,
+                "not-finite",
+                "has voxels that are not finite (NaN or infinite); export it again",
+            )
         done += count
     return flat
 
@@ -268,7 +253,7 @@ def _read_exactly(stream: Any, path: Path, size: int) -> bytes:
     while buffer.tell() < size:
         piece = stream.read(size - buffer.tell())
         if not piece:
-            _fail(path, "holds less than its header declares; copy or export it again")
+            _fail(path, "damaged", "holds less than its header declares; copy or export it again")
         buffer.write(piece)
     return buffer.getvalue()
 
@@ -282,5 +267,5 @@ def _triple(values: Any) -> Triple:
     return first, second, third
 
 
-def _fail(path: Path, what: str) -> NoReturn:
-    raise DataError(f"{path}: {what}") from None
+def _fail(path: Path, reason: Reason, what: str) -> NoReturn:
+    raise VolumeError(path, reason, what) from None

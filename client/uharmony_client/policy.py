@@ -1,17 +1,92 @@
-"""Step 7 of the data's way: what the site does to an update before it is put into wire form."""
+"""Step 7 of the data's way: what this site allows to leave, and what it does to an update first.
+
+A study that asks for more than the policy allows is refused before the site joins. The limits
+are the site's own: no study can widen them.
+"""
 
 from __future__ import annotations
 
-from pydantic import PositiveFloat
+from collections.abc import Collection, Mapping
+from typing import Annotated, Literal, get_args
+
+from pydantic import Field, PositiveFloat, field_validator
 from torch import Tensor
 
+from uharmony_model.errors import ConfigError, ExchangeError
+from uharmony_model.exchange.payload import Value
 from uharmony_model.frozen import Frozen
+from uharmony_model.methods import RESIDUALS, Part
+from uharmony_model.study import METRICS, Metric, Study
+
+CASES, LOSS, N_CASES = "cases", "loss", "n_cases"
+STARTED_FROM = "started_from"  # the number of a round: bookkeeping, nothing about patients
+_HARMONIC = RESIDUALS | {Part.POLYNOMIAL}
+# What an allowed metric brings with it: its interval.
+_WITH = {"dice": ("dice_low", "dice_high")}
+
+ValueName = Metric | Literal["cases", "loss"]
+# Phi and the residuals describe the site's own scanner; no policy lets them leave.
+Shareable = Literal[Part.BACKBONE, Part.NORM_AFFINE, Part.NORM_STATISTICS, Part.POLYNOMIAL]
+SHAREABLE: tuple[Shareable, ...] = get_args(Shareable)
 
 
 class Policy(Frozen):
-    """The site's own limits. `clip_norm` bounds the L2 norm of what leaves; None leaves it."""
+    """The site's own limits.
+
+    `clip_norm` bounds the L2 norm of an update (None leaves it). `share` names the parts of the
+    model that may leave, `metrics` the named values: metrics, `cases` (the number of training
+    cases, as the weight of an update) and `loss`. A mean that leaves always brings the number of
+    cases it is over. Counts below `min_cases` leave as `<11`; 1 switches that off.
+    `allow_rollback` lets the coordinator go back to a round that this site has passed.
+    """
 
     clip_norm: PositiveFloat | None = None
+    share: tuple[Shareable, ...] = SHAREABLE
+    metrics: tuple[ValueName, ...] = (*METRICS, "cases", "loss")
+    min_cases: Annotated[int, Field(ge=1, le=9999)] = 11
+    allow_rollback: bool = False
+
+    @field_validator("share", "metrics")
+    @classmethod
+    def _each_once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(names)) != len(names):
+            raise ValueError("a name stands twice")
+        return names
+
+
+def shared_parts(study: Study) -> tuple[Part, ...]:
+    """The parts of the model that a study shares, in their declared order."""
+    # Only a harmonised network has phi, a polynomial and residuals.
+    absent = frozenset() if study.plan.harmonized else _HARMONIC
+    return tuple(p for p in Part if p not in study.plan.local | absent | {Part.INDEX})
+
+
+def differences(policy: Policy, study: Study) -> list[str]:
+    """One line for each thing that the study asks for and the policy does not allow."""
+    lines = [
+        f"method {study.method} shares {part.value}, policy.share does not allow it"
+        for part in shared_parts(study)
+        if part not in policy.share
+    ]
+    for name in study.asks:
+        if name not in policy.metrics:
+            why = "federation.weighting: cases" if name == CASES else "the study"
+            lines.append(f"{why} asks for the value {name}, policy.metrics does not allow it")
+    return lines
+
+
+def require_allowed(policy: Policy, study: Study) -> None:
+    """Refuse a study that asks for more than the site's policy allows.
+
+    Raises:
+        ConfigError: every difference, and where to change the policy.
+    """
+    found = differences(policy, study)
+    if found:
+        raise ConfigError(
+            f"study {study.name} asks for more than this site allows: {'; '.join(found)}; "
+            "change policy in site.yaml if the site agrees, or ask for another study"
+        )
 
 
 def apply_policy(update: Tensor, policy: Policy) -> Tensor:
@@ -20,3 +95,34 @@ def apply_policy(update: Tensor, policy: Policy) -> Tensor:
         return update
     norm = float(update.double().norm())
     return update if norm <= policy.clip_norm else update * (policy.clip_norm / norm)
+
+
+def allowed_values(values: Mapping[str, Value], policy: Policy) -> Mapping[str, Value]:
+    """The same values; a second look at the names, after everything that made them.
+
+    A name is `cases`, `loss`, `started_from` (always allowed: the number of a round), or
+    `split/site/domain/class/metric`.
+
+    Raises:
+        ExchangeError: a name is not on the policy's list; nothing is dropped silently.
+    """
+    single = {STARTED_FROM} | ({CASES, LOSS} & set(policy.metrics))
+    means = _mean_names(policy.metrics)
+    for name, value in values.items():
+        parts = name.split("/")
+        if name in single or (name == CASES and value == "equal"):
+            continue
+        if name == LOSS and value is None:
+            continue
+        if len(parts) == 5 and parts[-1] in means:
+            continue
+        raise ExchangeError(
+            f"value {ascii(name)[:120]} may not leave: policy.metrics does not name it; "
+            "nothing was sent"
+        )
+    return values
+
+
+def _mean_names(metrics: Collection[str]) -> set[str]:
+    allowed = {name for name in metrics if name in METRICS}
+    return allowed | {N_CASES} | {extra for name in allowed for extra in _WITH.get(name, ())}

@@ -20,18 +20,18 @@ import torch
 import typer
 from numpy.typing import NDArray
 
-from uharmony_service.command_line import run
 from uharmony_client.device import choose_device
 from uharmony_client.grids import Grid, to_input_grid
-from uharmony_client.model_bundle import Model, load_bundle
 from uharmony_client.nifti import MAX_VOXELS
 from uharmony_client.readers import stem
 from uharmony_client.site_data import channel_modalities, prepare_image
 from uharmony_client.volume_header import encode_volume
 from uharmony_model.atomic import write_atomic
+from uharmony_model.bundle import Model, load_bundle
 from uharmony_model.errors import ConfigError, DataError, StoreError
 from uharmony_model.inference import predict_logits
 from uharmony_model.study import Task
+from uharmony_service.command_line import run
 
 app = typer.Typer(add_completion=False)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from uharmony_client.case_table import Case, CaseTable
+from uharmony_client.check.quarantine import load_quarantine, require_enough, without_quarantined
 from uharmony_client.device import choose_device
 from uharmony_client.local_store import LocalStore
 from uharmony_client.local_train import LocalData
@@ -34,6 +35,7 @@ class Site:
     volumes: dict[str, StoredVolume]
     store: LocalStore
     device: torch.device
+    quarantined: int = 0
 
     @classmethod
     def open(
@@ -46,7 +48,8 @@ class Site:
     ) -> Site:
         """Read the case table, split it by patient, and preprocess what is not yet preprocessed.
 
-        `own_cases_only=False` takes the cases of every site in the table: pooled training.
+        `own_cases_only=False` takes the cases of every site in the table: pooled training. Cases
+        that `check` has put into quarantine are left out; the splits of the others stay.
 
         Raises:
             DataError: a case cannot be used, or nothing is left to train on.
@@ -55,6 +58,9 @@ class Site:
         config.annotates(study.task)
         cases = load_cases(config) if own_cases_only else read_cases(config.cases)
         table = cases.with_splits(study.evaluation, study.split_seed)
+        held = load_quarantine(config.store, study.digest)
+        require_enough(table, held)
+        whole, table = table, without_quarantined(table, held)
         if not table.of(split="train").cases:
             raise DataError(f"site {config.name}: no case is left to train on; add labelled cases")
         shelf = VolumeStore(config.volumes or config.store / "volumes")
@@ -71,6 +77,7 @@ class Site:
             volumes=volumes,
             store=LocalStore(config.store / "generations" / study.digest),
             device=choose_device(config.resources.device),
+            quarantined=len(whole.cases) - len(table.cases),
         )
 
     @property

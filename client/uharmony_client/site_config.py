@@ -21,11 +21,16 @@ StudyValue = Annotated[int, Field(ge=0, le=255)]
 
 
 class Resources(Frozen):
-    """What this machine may spend; `max_voxels` bounds one channel of one volume."""
+    """What this machine may spend.
+
+    `max_voxels` bounds one channel of one volume; a power cut costs at most `checkpoint_steps`
+    steps of training.
+    """
 
     threads: PositiveInt | None = None
     device: DeviceName = "auto"
     max_voxels: PositiveInt = MAX_VOXELS
+    checkpoint_steps: PositiveInt = 50
 
 
 class SiteConfig(Frozen):

@@ -21,6 +21,7 @@ from uharmony_model.exchange.payload import (
     max_payload_bytes,
     open_payload,
 )
+from uharmony_model.initial import initial_local
 from uharmony_model.networks import build_network
 from uharmony_model.segmentation_network import SegmentationNetwork
 from uharmony_model.study import Study
@@ -73,12 +74,6 @@ class Workbench:
                 f"round {made_by}, study {order.study[:12]}; send both anew"
             )
         return flat
-
-
-def initial_local(study: Study, domains: tuple[str, ...]) -> dict[str, Tensor]:
-    """The local parameters of a site that has not trained yet: all residuals are zero."""
-    fresh = build_network(study, domains, seed=study.seed)
-    return Partition.of(fresh, study.plan.local).split(fresh.state_dict())[1]
 
 
 def site_parameters(site: Site, *, after_round: int) -> dict[str, Tensor]:

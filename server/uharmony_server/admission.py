@@ -23,6 +23,7 @@ from uharmony_model.exchange.payload import (
     CodecName,
     Kind,
     Manifest,
+    Value,
     decode_body,
     max_payload_bytes,
     open_payload,
@@ -31,6 +32,8 @@ from uharmony_model.exchange.schema import Schema
 from uharmony_model.frozen import Frozen
 
 CASES = "cases"  # the manifest value with the number of training cases
+STARTED_FROM = "started_from"  # the round whose outcome the site's own parameters come from
+EQUAL = "equal"  # in place of the number of cases, where a site does not tell how many it has
 _BLOCK = 1 << 16
 _MAX_DETAIL = 300
 
@@ -53,6 +56,7 @@ class RefusalReason(StrEnum):
     DUPLICATE = "duplicate"  # a second answer of a site in one round; found by the round
     SITE_ERROR = "site_error"  # the site itself says that it failed; reported by the round
     OVERSIZED = "oversized"
+    LATE = "late"  # came after its round was closed; reported by the round
 
 
 class Refusal(Frozen):
@@ -92,13 +96,18 @@ class Expected:
 
 @dataclass(frozen=True, eq=False)
 class Admitted:
-    """An update that counts: its delta `(n,)`, read-only, and the weight it asks for."""
+    """An update that counts: its delta `(n,)`, read-only, and the weight it asks for.
+
+    `cases` is None where the site does not tell it. `started_from` is the round whose outcome the
+    site's own parameters come from, 0 for none.
+    """
 
     site: str
-    cases: int
+    cases: int | None
     flat: Tensor
     norm: float
     bytes: int
+    started_from: int = 0
 
 
 @dataclass(frozen=True)
@@ -106,7 +115,7 @@ class AdmittedMetrics:
     """A site's means over cases, named `split/site/domain/class/metric`."""
 
     site: str
-    values: Mapping[str, float | int | None]
+    values: Mapping[str, Value]
 
 
 def norm_limit(past_norms: Sequence[float], bound: float) -> float | None:
@@ -123,10 +132,18 @@ def admit(buffer: object, expected: Expected) -> Admitted | Refusal:
     manifest, flat = opened
     refuse = expected.refuse
     cases = manifest.values.get(CASES)
-    if type(cases) is not int or not 1 <= cases <= expected.max_cases:
+    hidden = cases == EQUAL
+    if not hidden and (type(cases) is not int or not 1 <= cases <= expected.max_cases):
         return refuse(
             RefusalReason.BAD_CASE_COUNT,
-            f"{CASES} is {cases!r}, expected a whole number from 1 to {expected.max_cases}",
+            f"{CASES} is {cases!r}, expected a whole number from 1 to {expected.max_cases}, "
+            f"or {EQUAL!r}",
+        )
+    started = manifest.values.get(STARTED_FROM, 0)
+    if type(started) is not int or not 0 <= started < max(expected.round, 1):
+        return refuse(
+            RefusalReason.WRONG_ROUND,
+            f"{STARTED_FROM} is {started!r}, expected a round before {expected.round}",
         )
     norm = _norm(flat)
     if not math.isfinite(norm):
@@ -136,7 +153,8 @@ def admit(buffer: object, expected: Expected) -> Admitted | Refusal:
             RefusalReason.NORM_TOO_LARGE,
             f"norm {norm:.4g} exceeds {expected.norm_limit:.4g}, set by the rounds before",
         )
-    return Admitted(expected.site, cases, flat, norm, _size(buffer))
+    told = cases if type(cases) is int else None
+    return Admitted(expected.site, told, flat, norm, _size(buffer), started)
 
 
 def admit_metrics(buffer: object, expected: Expected) -> AdmittedMetrics | Refusal:

@@ -11,12 +11,12 @@ import logging
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import JsonValue, NonNegativeInt
+from pydantic import Field, JsonValue, NonNegativeInt
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -29,6 +29,7 @@ from uharmony_model.atomic import (
 )
 from uharmony_model.errors import ExchangeError, StoreError
 from uharmony_model.exchange.canonical import Digest, canonical_json, parse_canonical
+from uharmony_model.exchange.instruction import Receipt
 from uharmony_model.exchange.payload import digest
 from uharmony_model.exchange.schema import Schema, flatten, unflatten
 from uharmony_model.frozen import Frozen
@@ -45,7 +46,9 @@ class Checkpoint:
     """The federation after `round`: the shared weights `global_ (n,)` and what came with them.
 
     `norms` are those of every update admitted so far; `records` are JSON-able; `bytes_up` is what
-    the admitted updates of each round weighed on the wire.
+    the admitted updates of each round weighed on the wire; `counted` are the sites of each round,
+    `uncounted` the (round, site) pairs that were trained in vain, as far as known; `heads` are the
+    heads of the sites' ledgers as last seen.
     """
 
     round: int
@@ -56,6 +59,9 @@ class Checkpoint:
     refusals: tuple[Refusal, ...] = ()
     records: tuple[Mapping[str, Any], ...] = ()
     bytes_up: tuple[int, ...] = ()
+    counted: tuple[tuple[str, ...], ...] = ()
+    uncounted: tuple[tuple[int, str], ...] = ()
+    heads: Mapping[str, Receipt] = field(default_factory=dict)
 
     @cached_property
     def digest(self) -> str:
@@ -80,6 +86,9 @@ class _State(Frozen):
     refusals: tuple[Refusal, ...]
     records: tuple[dict[str, JsonValue], ...]
     bytes_up: tuple[NonNegativeInt, ...] = ()
+    counted: tuple[tuple[str, ...], ...] = ()
+    uncounted: tuple[tuple[NonNegativeInt, str], ...] = ()
+    heads: dict[str, Receipt] = Field(default_factory=dict)
 
 
 class _Sealed(Frozen):
@@ -107,6 +116,9 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
             refusals=checkpoint.refusals,
             records=tuple(dict(record) for record in checkpoint.records),
             bytes_up=checkpoint.bytes_up,
+            counted=checkpoint.counted,
+            uncounted=checkpoint.uncounted,
+            heads=dict(checkpoint.heads),
         )
         text = canonical_json(_Sealed(sha256=_seal(state), state=state))
         tensors = unflatten(checkpoint.global_, checkpoint.schema)
@@ -136,6 +148,15 @@ def load_latest(folder: Path, study: str, schema: Schema) -> Checkpoint | None:
         StoreError: the checkpoints are of another study, or none of them is whole.
     """
     recover(folder)
+    return read_latest(folder, study, schema)
+
+
+def read_latest(folder: Path, study: str, schema: Schema) -> Checkpoint | None:
+    """As `load_latest`, but nothing is cleaned up: another process may be writing here.
+
+    Raises:
+        StoreError: the checkpoints are of another study, or none of them is whole.
+    """
     rounds = _rounds(folder)
     for number, path in reversed(rounds):
         try:
@@ -184,6 +205,9 @@ def _load(path: Path, number: int, study: str, schema: Schema) -> Checkpoint:
         refusals=state.refusals,
         records=state.records,
         bytes_up=state.bytes_up,
+        counted=state.counted,
+        uncounted=state.uncounted,
+        heads=state.heads,
     )
     if checkpoint.digest != state.weights:
         raise _DamagedError(f"{path}: damaged: the weights differ from their digest")

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from uharmony_server.records import Record
-from uharmony_server.summary import Score, metric_mean, number, printable
+from uharmony_server.summary import NO_SCORE, Score, metric_mean, number, printable, withheld_of
 
 WIDTH, HEIGHT = 380.0, 240.0
 LEFT, RIGHT, TOP, BOTTOM = 40.0, 10.0, 10.0, 32.0
@@ -62,12 +62,13 @@ class Line:
 
 @dataclass(frozen=True)
 class LineChart:
-    """One site's validation Dice against the round."""
+    """One site's validation Dice against the round; `withheld` is `<11` where it is not told."""
 
     site: str
     x_ticks: tuple[Tick, ...]
     y_ticks: tuple[Tick, ...]
     lines: tuple[Line, ...]
+    withheld: str = ""
 
 
 @dataclass(frozen=True)
@@ -85,12 +86,13 @@ class Dot:
 
 @dataclass(frozen=True)
 class DotRow:
-    """A site's name and its dots."""
+    """A site's name and its dots; `withheld` is `<11` where it tells none."""
 
     site: str
     top: float
     height: float
     dots: tuple[Dot, ...]
+    withheld: str = ""
 
 
 @dataclass(frozen=True)
@@ -150,10 +152,14 @@ def learning_curves(records: Sequence[Record], arms: Sequence[str]) -> list[Line
 
     chosen = slots(arms)
     charts = []
-    for site in sorted(values):
+    hidden: dict[str, list[Record]] = {}
+    for record in records:
+        if record.split == "validation" and record.withheld:
+            hidden.setdefault(record.site, []).append(record)
+    for site in sorted(values.keys() | hidden.keys()):
         lines = []
         for arm in arms:
-            rounds = values[site].get(arm, {})
+            rounds = values.get(site, {}).get(arm, {})
             if not rounds:
                 continue
             means = {n: statistics.fmean(seeds) for n, seeds in sorted(rounds.items())}
@@ -175,6 +181,7 @@ def learning_curves(records: Sequence[Record], arms: Sequence[str]) -> list[Line
                 x_ticks=tuple(Tick(x(t), f"{t:g}") for t in x_values),
                 y_ticks=tuple(Tick(y(t), f"{t:.2f}") for t in y_values),
                 lines=tuple(lines),
+                withheld=withheld_of(hidden.get(site, ())),
             )
         )
     return charts
@@ -214,7 +221,8 @@ def dot_chart(
                 )
             )
         height = ROW * max(len(dots), 1) + GROUP_GAP
-        rows.append(DotRow(site, top, height, tuple(dots)))
+        marks = [scores.get((site, arm), NO_SCORE).withheld for arm in arms]
+        rows.append(DotRow(site, top, height, tuple(dots), next(filter(None, marks), "")))
         top += height
     return DotChart(top + 4, tuple(Tick(x(t), f"{t:.2f}") for t in ticks), tuple(rows))
 

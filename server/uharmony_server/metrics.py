@@ -1,4 +1,4 @@
-"""From a site's named scalars to records: only what the study knows is taken."""
+"""From a site's named values to records: only what the study asks for is taken."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from typing import get_args
 from pydantic import ValidationError
 
 from uharmony_model.errors import ExchangeError
+from uharmony_model.exchange.payload import Value
 from uharmony_model.study import Split, Study
 from uharmony_server.admission import AdmittedMetrics
 from uharmony_server.records import Record
 
 _SPLITS = get_args(Split)
-_KEYS = {"arm", "seed", "round", "site", "domain", "split", "class_"}
-METRICS = frozenset(Record.model_fields) - _KEYS
+_COUNT = frozenset({"n_cases"})
+_INTERVAL = frozenset({"dice_low", "dice_high"})
 
 
 def records_from_metrics(study: Study, round_: int, metrics: AdmittedMetrics) -> list[Record]:
@@ -25,7 +26,9 @@ def records_from_metrics(study: Study, round_: int, metrics: AdmittedMetrics) ->
     Raises:
         ExchangeError: a name or a value that the study does not allow.
     """
-    groups: dict[tuple[str, str, str, str], dict[str, float | int | None]] = {}
+    asked = frozenset(study.evaluation.metrics)
+    known = asked | _COUNT | (_INTERVAL if "dice" in asked else frozenset())
+    groups: dict[tuple[str, str, str, str], dict[str, Value]] = {}
     for name, value in metrics.values.items():
         parts = name.split("/")
         if len(parts) != 5:
@@ -34,7 +37,7 @@ def records_from_metrics(study: Study, round_: int, metrics: AdmittedMetrics) ->
         if (
             split not in _SPLITS
             or class_name not in study.task.classes
-            or metric not in METRICS
+            or metric not in known
             or not (study.plan.pooled or site == metrics.site)
         ):
             raise ExchangeError(f"metric {name!r:.120}: not one that this study has at this site")

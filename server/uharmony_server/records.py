@@ -2,7 +2,8 @@
 
 Records are the only form in which results reach the coordinator, the report and `results.json`.
 A metric that is undefined (no lesion in the truth, a class the site does not annotate, surfaces
-not measured in that round) is None, never 0 or 1.
+not measured in that round) is None, never 0 or 1. A site that withholds numbers over few patients
+sends `<11` in place of the count, and no metric.
 """
 
 from __future__ import annotations
@@ -19,17 +20,19 @@ from pydantic import (
     NonNegativeInt,
     TypeAdapter,
     ValidationError,
+    model_validator,
 )
 
 from uharmony_model.atomic import write_atomic
 from uharmony_model.errors import StoreError
 from uharmony_model.frozen import Frozen
-from uharmony_model.study import Split
+from uharmony_model.study import METRICS, Split
 
 MAX_RESULTS_BYTES = 1 << 28
 
 Label = Annotated[str, Field(max_length=200)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Withheld = Annotated[str, Field(pattern=r"^<[1-9][0-9]{0,3}$")]
 
 
 class Record(Frozen):
@@ -44,7 +47,7 @@ class Record(Frozen):
     class_: Label = Field(
         validation_alias=AliasChoices("class", "class_"), serialization_alias="class"
     )
-    n_cases: NonNegativeInt
+    n_cases: NonNegativeInt | Withheld
     dice: Share | None = None
     dice_low: Share | None = None
     dice_high: Share | None = None
@@ -52,6 +55,18 @@ class Record(Frozen):
     hd95_mm: NonNegativeFloat | None = None
     lesion_recall: Share | None = None
     fp_per_case: NonNegativeFloat | None = None
+
+    @model_validator(mode="after")
+    def _nothing_of_few(self) -> Record:
+        named = (*METRICS, "dice_low", "dice_high")
+        if self.withheld and any(getattr(self, name) is not None for name in named):
+            raise ValueError(f"n_cases is {self.withheld}, so no metric may be given")
+        return self
+
+    @property
+    def withheld(self) -> str:
+        """`<11` where the site withholds this record's numbers, else empty."""
+        return self.n_cases if isinstance(self.n_cases, str) else ""
 
 
 _RECORDS = TypeAdapter(list[Record])

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from uharmony_model.errors import ExchangeError
 from uharmony_model.exchange.hello import Hello
+from uharmony_model.exchange.instruction import Receipt
 from uharmony_server.admission import Refusal, RefusalReason
 
 MAX_TEXT = 4096  # characters of a hello or a refusal; deep nesting needs more
@@ -44,6 +45,16 @@ def _why(reply: Message) -> str:
         return str(json.loads(text[:MAX_TEXT])["detail"])
     except (ValueError, KeyError, TypeError, RecursionError):
         return "a refusal that cannot be read"
+
+
+def ledger_head_of(reply: Message) -> Receipt | None:
+    """The head of the site's ledger when it sent this answer; None when it says none."""
+    if not reply.has_content() or "ledger" not in reply.content:
+        return None
+    try:
+        return Receipt.model_validate_json(str(reply.content["ledger"]["json"])[:MAX_TEXT])
+    except (ValidationError, KeyError):
+        return None
 
 
 def hello_of(reply: Message) -> Hello:

@@ -29,6 +29,7 @@ from uharmony_server.summary import (
     arms_of,
     last_test,
     mean_over_sites,
+    most_cases,
     number,
     points,
     printable,
@@ -36,6 +37,8 @@ from uharmony_server.summary import (
     site_gains,
     site_scores,
     sites_of,
+    value_or_withheld,
+    withheld_of,
 )
 
 
@@ -65,7 +68,7 @@ class Row:
     site: str
     domain: str
     arm: str
-    cases: int
+    cases: str
     metrics: tuple[Score, ...]
 
 
@@ -110,6 +113,7 @@ def write_report(
         "points": points,
         "tone": _tone,
         "number": number,
+        "value": value_or_withheld,
         "undefined": UNDEFINED,
     }
     environment.filters |= {"png": _data_uri}
@@ -140,7 +144,9 @@ def _results(records: Sequence[Record], classes: Sequence[str]) -> dict[str, obj
         "seeds": sorted({r.seed for r in records}),
         "rounds": max((r.round for r in records), default=0),
         "scores": {s: {a: scores.get((s, a), NO_SCORE) for a in arms} for s in sites},
-        "cases": {s: max(scores[s, a].cases for a in arms if (s, a) in scores) for s in sites},
+        "cases": {s: most_cases(_row(scores, s, arms)) for s in sites},
+        "all_cases": _all_cases(scores, sites, arms),
+        "withheld": withheld_of(records),
         "several_seeds": any(s.seeds > 1 for s in scores.values()),
         "means": means,
         "common": common,
@@ -187,6 +193,19 @@ def _headline(records: Sequence[Record], study: Study | None) -> str:
     )
 
 
+def _row(scores: Mapping[tuple[str, str], Score], site: str, arms: Sequence[str]) -> list[Score]:
+    return [scores[site, arm] for arm in arms if (site, arm) in scores]
+
+
+def _all_cases(
+    scores: Mapping[tuple[str, str], Score], sites: Sequence[str], arms: Sequence[str]
+) -> str:
+    """The cases of all sites; where some are withheld, that there are more than the known."""
+    rows = [_row(scores, site, arms) for site in sites]
+    known = sum(max(s.cases for s in row) for row in rows)
+    return f"> {known}" if any(s.withheld for row in rows for s in row) else str(known)
+
+
 def _compared(arms: Sequence[str]) -> list[str]:
     return [arm for arm in arms if arm != LOCAL] if LOCAL in arms else []
 
@@ -230,7 +249,7 @@ def _details(
                 site=site,
                 domain=domain if domain != site else "",
                 arm=arms[arm],
-                cases=max(r.n_cases for r in found),
+                cases=score(found).shown_cases,
                 metrics=tuple(score(found, metric) for metric, _ in DETAILS),
             )
             for (site, domain, arm), found in sorted(rows.items())

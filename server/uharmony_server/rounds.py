@@ -7,19 +7,43 @@ result is the same to the last bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from flwr.app import ConfigRecord
 from flwr.serverapp import Grid
 from torch import Tensor
 
+from uharmony_model.errors import QuorumError
 from uharmony_model.exchange.schema import Schema
 from uharmony_model.study import Study
 from uharmony_server.checkpoint import Checkpoint, load_latest, save
-from uharmony_server.strategy import HarmonyStrategy
+from uharmony_server.strategy import HarmonyStrategy, SiteOf
 
 OnRound = Callable[[Checkpoint], None]
+Late = tuple[str, int]  # site, round
+
+_FAREWELL_SECONDS = 30.0
+
+
+def _nothing_late() -> Iterable[Late]:
+    return ()
+
+
+@dataclass(frozen=True)
+class Patience:
+    """What rounds among real institutions need beyond those in one process.
+
+    `certified` tells whose certificate a node has; `late` gives the updates that came after their
+    rounds, once each; `before_round` may wait (a pause, too few sites); `missed` is told why a
+    round did not count and waits before it is asked again.
+    """
+
+    certified: SiteOf
+    late: Callable[[], Iterable[Late]] = _nothing_late
+    before_round: Callable[[int], None] = lambda round_: None
+    missed: Callable[[int, QuorumError], None] = lambda round_, error: None
 
 
 def run_rounds(
@@ -31,8 +55,12 @@ def run_rounds(
     *,
     timeout: float | None = None,
     on_round: OnRound | None = None,
+    patience: Patience | None = None,
 ) -> Checkpoint:
     """Run a study to its last round from wherever `folder` says it stands.
+
+    With `patience` a round without quorum is asked again, and new sites are greeted before each
+    round; without, in one process, nobody else will come.
 
     Raises:
         QuorumError: too few sites joined, or too few answered in a round.
@@ -41,18 +69,39 @@ def run_rounds(
     state = load_latest(folder, study.digest, schema)
     if state is None:
         state = Checkpoint(round=0, global_=initial, schema=schema, study=study.digest)
-    strategy = HarmonyStrategy(study, state)
-    if strategy.state.round >= study.training.rounds:
-        return strategy.state
-    strategy.greet(grid, timeout=timeout)
-    nothing = ConfigRecord()
-    for round_ in range(strategy.state.round + 1, study.training.rounds + 1):
-        asked = strategy.configure_train(round_, strategy.arrays(), nothing, grid)
-        arrays, _ = strategy.aggregate_train(round_, grid.send_and_receive(asked, timeout=timeout))
-        if arrays is not None and strategy.splits_due(round_):
-            asked = strategy.configure_evaluate(round_, arrays, nothing, grid)
-            strategy.aggregate_evaluate(round_, grid.send_and_receive(asked, timeout=timeout))
+    certified = None if patience is None else patience.certified
+    strategy = HarmonyStrategy(study, state, certified=certified)
+    started = strategy.state.round < study.training.rounds
+    if started and patience is None:
+        strategy.greet(grid, timeout=timeout)
+    while strategy.state.round < study.training.rounds:
+        round_ = strategy.state.round + 1
+        if patience is not None:
+            patience.before_round(round_)
+        try:
+            if patience is not None:
+                strategy.greet(grid, timeout=timeout)
+            _one_round(strategy, round_, grid, timeout)
+        except QuorumError as error:
+            if patience is None:
+                raise
+            patience.missed(round_, error)
+            continue
+        finally:
+            for site, late_round in () if patience is None else patience.late():
+                strategy.late(site, late_round)
         save(folder, strategy.state)
         if on_round is not None:
             on_round(strategy.state)
+    if started and patience is not None:
+        strategy.farewell(grid, timeout=_FAREWELL_SECONDS)
     return strategy.state
+
+
+def _one_round(strategy: HarmonyStrategy, round_: int, grid: Grid, timeout: float | None) -> None:
+    nothing = ConfigRecord()
+    asked = strategy.configure_train(round_, strategy.arrays(), nothing, grid)
+    arrays, _ = strategy.aggregate_train(round_, grid.send_and_receive(asked, timeout=timeout))
+    if arrays is not None and strategy.splits_due(round_):
+        asked = strategy.configure_evaluate(round_, arrays, nothing, grid)
+        strategy.aggregate_evaluate(round_, grid.send_and_receive(asked, timeout=timeout))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -36,7 +36,15 @@ from uharmony_server.admission import (
 from uharmony_server.aggregate import WeightedSum
 from uharmony_server.checkpoint import Checkpoint
 from uharmony_server.metrics import records_from_metrics
-from uharmony_server.replies import hello_of, payload_of, refusal, refusal_of
+from uharmony_server.replies import (
+    hello_of,
+    ledger_head_of,
+    payload_of,
+    refusal,
+    refusal_of,
+)
+
+SiteOf = Callable[[int], str | None]  # whose certificate a node has
 
 GROUP = 2  # admitted updates that are held at once; the sum does not depend on it
 
@@ -44,41 +52,54 @@ GROUP = 2  # admitted updates that are held at once; the sum does not depend on 
 class HarmonyStrategy(Strategy):
     """FedAvg over the shared backbone, with admission, quorum and a fixed order of sites."""
 
-    def __init__(self, study: Study, state: Checkpoint) -> None:
+    def __init__(self, study: Study, state: Checkpoint, *, certified: SiteOf | None = None) -> None:
         self.study = study
         self.schema = state.schema
         self.state = state
         self.nodes: dict[int, str] = {}
+        self._certified = certified
+        self._hidden: set[str] = set()
         self._payload: tuple[int, str, bytes] | None = None
 
     # --- joining -------------------------------------------------------------------------------
 
     def greet(self, grid: Grid, *, timeout: float | None = None) -> dict[int, str]:
-        """Ask every node who it is and what it agreed to; refuse those that differ.
+        """Ask every node that is new who it is and what it agreed to; refuse those that differ.
 
         Raises:
             QuorumError: fewer sites than the study needs can take part.
         """
         text = Instruction(action="hello", study=self.study.digest, round=0, base="").to_json()
         content = RecordDict({"instruction": ConfigRecord({"json": text})})
+        members = set(grid.get_node_ids())
+        self.nodes = {node: site for node, site in self.nodes.items() if node in members}
+        # By name where a certificate tells it, so that answers come in the order of the sites.
         messages = [
-            Message(content, node, "query.hello", group_id="hello")
-            for node in sorted(grid.get_node_ids())
+            Message(content, node, "query.hello", group_id="0")
+            for node in sorted(members - set(self.nodes), key=lambda n: (self._named(n), n))
         ]
-        self.nodes = {}
         for reply in grid.send_and_receive(messages, timeout=timeout):
             node = reply.metadata.src_node_id
+            name = self._named(node) or f"node-{node}"
             try:
                 hello = hello_of(reply)
                 check_hello(hello, self.study.digest)
             except ExchangeError as error:
-                self._refuse(refusal(f"node-{node}", 0, RefusalReason.NOT_AGREED, str(error)))
+                self._refuse(refusal(name, 0, RefusalReason.NOT_AGREED, str(error)))
+                continue
+            if self._certified is not None and hello.site != name:
+                detail = f"says that it is {hello.site}, its certificate is that of {name}"
+                self._refuse(refusal(name, 0, RefusalReason.WRONG_SITE, detail))
                 continue
             if hello.site in self.nodes.values():
                 detail = f"two nodes call themselves {hello.site}; the first one counts"
                 self._refuse(refusal(hello.site, 0, RefusalReason.DUPLICATE, detail))
                 continue
             self.nodes[node] = hello.site
+            self._hear(hello.site, reply)
+            self._hidden.discard(hello.site)
+            if hello.weight == "equal":
+                self._hidden.add(hello.site)
         needed = self.study.federation.min_sites
         if len(self.nodes) < needed:
             why = "; ".join(f"{r.site}: {r.detail}" for r in self.state.refusals if r.round == 0)
@@ -109,12 +130,19 @@ class HarmonyStrategy(Strategy):
         total = WeightedSum(self.schema.numel)
         group: list[Admitted] = []
         admitted: dict[str, tuple[int, float]] = {}
-        size = 0
+        size, in_vain = 0, set(self.state.uncounted)
         for site, verdict in self._verdicts(replies, server_round):
             if isinstance(verdict, Refusal):
                 self._refuse(verdict)
                 continue
-            admitted[site] = (verdict.cases, verdict.norm)
+            if verdict.cases is None and self._by_cases:
+                detail = "hides its number of cases, and did not say so when it was greeted"
+                self._refuse(refusal(site, server_round, RefusalReason.BAD_CASE_COUNT, detail))
+                continue
+            # A site with a hidden number has one case at least; nothing else is known.
+            admitted[site] = (verdict.cases or 1, verdict.norm)
+            if verdict.started_from and not self._counted(verdict.started_from, site):
+                in_vain.add((verdict.started_from, site))
             size += verdict.bytes
             group.append(verdict)
             if len(group) == GROUP:
@@ -136,6 +164,8 @@ class HarmonyStrategy(Strategy):
             global_=weights,
             norms=(*self.state.norms, *(norm for _, norm in admitted.values())),
             bytes_up=(*self.state.bytes_up, size),
+            counted=(*self.state.counted, tuple(sorted(admitted))),
+            uncounted=tuple(sorted(in_vain)),
         )
         return self.arrays(), MetricRecord(
             {"sites": len(admitted), "cases": sum(c for c, _ in admitted.values())}
@@ -263,10 +293,21 @@ class HarmonyStrategy(Strategy):
             return norm_limit(self.state.norms, bound)
         return bound * max(float(self.state.global_.norm()), 1.0)
 
+    @property
+    def _by_cases(self) -> bool:
+        """One hidden number makes all weights equal: none can then be told from the others."""
+        return self.study.federation.weighting == "cases" and not self._hidden.intersection(
+            self.nodes.values()
+        )
+
     def _add(self, total: WeightedSum, group: list[Admitted]) -> None:
-        by_cases = self.study.federation.weighting == "cases"
-        total.add([u.flat for u in group], [float(u.cases) if by_cases else 1.0 for u in group])
+        by_cases = self._by_cases
+        weights = [float(u.cases) if by_cases and u.cases is not None else 1.0 for u in group]
+        total.add([u.flat for u in group], weights)
         group.clear()
+
+    def _counted(self, round_: int, site: str) -> bool:
+        return round_ <= len(self.state.counted) and site in self.state.counted[round_ - 1]
 
     def _require_quorum(self, round_: int, admitted: Mapping[str, tuple[int, float]]) -> None:
         need, cases = self.study.federation, sum(c for c, _ in admitted.values())
@@ -281,9 +322,10 @@ class HarmonyStrategy(Strategy):
             )
 
     def _messages(self, order: Instruction, kind: str, arrays: ArrayRecord) -> Iterator[Message]:
-        for node, _ in sorted(self.nodes.items(), key=lambda item: item[1]):
+        for node, site in sorted(self.nodes.items(), key=lambda item: item[1]):
+            own = order.model_copy(update={"receipt": self.state.heads.get(site)})
             content = RecordDict(
-                {"instruction": ConfigRecord({"json": order.to_json()}), "payload": arrays}
+                {"instruction": ConfigRecord({"json": own.to_json()}), "payload": arrays}
             )
             yield Message(content, node, kind, group_id=str(order.round))
 
@@ -306,7 +348,36 @@ class HarmonyStrategy(Strategy):
             if site < last:
                 raise ExchangeError(f"answers out of order: {site} after {last}; sort them first")
             last = site
+            self._hear(site, reply)
             yield site, reply
+
+    def _named(self, node: int) -> str:
+        return (self._certified(node) if self._certified is not None else None) or ""
+
+    def _hear(self, site: str, reply: Message) -> None:
+        """Keep the head of the site's ledger: it goes back to the site as a receipt."""
+        head = ledger_head_of(reply)
+        if head is not None:
+            self.state = self.state.with_changes(heads={**self.state.heads, site: head})
+
+    def late(self, site: str, round_: int) -> None:
+        """An update that came after its round was closed: refused, and recorded as trained."""
+        detail = "its round was closed without it; the site goes on with the next one"
+        self._refuse(refusal(site, round_, RefusalReason.LATE, detail))
+        if not self._counted(round_, site):
+            pairs = {*self.state.uncounted, (round_, site)}
+            self.state = self.state.with_changes(uncounted=tuple(sorted(pairs)))
+
+    def farewell(self, grid: Grid, *, timeout: float) -> None:
+        """Tell every site that the study is over, so that its service can end."""
+        order = Instruction(action="finish", study=self.study.digest, round=self.state.round)
+        content = RecordDict({"instruction": ConfigRecord({"json": order.to_json()})})
+        nodes = sorted(self.nodes.items(), key=lambda item: item[1])
+        messages = [
+            Message(content, node, "query.finish", group_id=str(order.round)) for node, _ in nodes
+        ]
+        for _ in grid.send_and_receive(messages, timeout=timeout):
+            pass
 
     def _refuse(self, refusal: Refusal) -> None:
         if refusal in self.state.refusals:

@@ -1,7 +1,8 @@
 """From records to the numbers of a table: one score a site and arm, and what each site gained.
 
 The test split of every run's last round counts; no round is chosen by its test result. A site's
-score is the mean over its classes, and over its domains by their numbers of cases.
+score is the mean over its classes, and over its domains by their numbers of cases. Domains whose
+numbers a site withholds are in no mean.
 """
 
 from __future__ import annotations
@@ -22,13 +23,22 @@ UNDEFINED = "\u2014"  # an em dash: not measured, or undefined
 
 @dataclass(frozen=True)
 class Score:
-    """A mean over seeds with its interval, `cases` at the site and `seeds` that have a value."""
+    """A mean over seeds with its interval, `cases` at the site and `seeds` that have a value.
+
+    `withheld` is `<11` where the site does not tell the numbers of some or all of its cases.
+    """
 
     mean: float | None
     low: float | None
     high: float | None
     cases: int
     seeds: int
+    withheld: str = ""
+
+    @property
+    def shown_cases(self) -> str:
+        """The number of cases, `<11`, or both, as a table shows it."""
+        return shown_cases(self.cases, self.withheld)
 
 
 NO_SCORE = Score(None, None, None, 0, 0)
@@ -63,7 +73,7 @@ def metric_mean(records: Sequence[Record], metric: str) -> float | None:
             by_class.setdefault(record.class_, []).append(record)
     means = []
     for group in by_class.values():
-        weights = [max(r.n_cases, 1) for r in group]
+        weights = [max(_count(r), 1) for r in group]
         means.append(statistics.fmean([getattr(r, metric) for r in group], weights))
     return statistics.fmean(means) if means else None
 
@@ -83,7 +93,7 @@ def score(records: Sequence[Record], metric: str = "dice") -> Score:
         _mean([metric_mean(run, name) for run in runs.values()]) for name in (metric, *bounds)
     )
     low, high = interval or (None, None)
-    return Score(mean, low, high, _cases(records), len(runs))
+    return Score(mean, low, high, _cases(records), len(runs), withheld_of(records))
 
 
 def site_scores(records: Iterable[Record]) -> dict[tuple[str, str], Score]:
@@ -139,6 +149,30 @@ def mean_over_sites(
     return means, common
 
 
+def withheld_of(records: Iterable[Record]) -> str:
+    """`<11` where any of the records is withheld (the largest threshold of several), or empty."""
+    return max((r.withheld for r in records), key=lambda text: int(text[1:] or 0), default="")
+
+
+def shown_cases(cases: int, withheld: str) -> str:
+    """A number of cases beside what is withheld: `9`, `<11` or `9 + <11`."""
+    if not withheld:
+        return str(cases)
+    return f"{cases} + {withheld}" if cases else withheld
+
+
+def most_cases(scores: Iterable[Score]) -> str:
+    """The cases of a site over its arms, which measure the same ones."""
+    return max(scores, key=lambda s: (s.cases, s.withheld)).shown_cases
+
+
+def value_or_withheld(found: Score, digits: int) -> str:
+    """A mean; `<11` where the site withholds it; or the sign for undefined."""
+    if found.mean is None and found.withheld and not found.cases:
+        return found.withheld
+    return number(found.mean, digits)
+
+
 def number(value: float | None, digits: int) -> str:
     """A number with fixed digits, or the sign for undefined."""
     return UNDEFINED if value is None else f"{value:.{digits}f}"
@@ -169,7 +203,7 @@ def summary_table(records: Sequence[Record]) -> Table:
     for site in sites:
         row = [scores.get((site, arm), NO_SCORE) for arm in arms]
         cells = [_cell(found, gains.get((site, arm))) for arm, found in zip(arms, row, strict=True)]
-        table.add_row(Text(printable(site)), str(max(s.cases for s in row)), *cells)
+        table.add_row(Text(printable(site)), most_cases(row), *cells)
     if len(sites) > 1:
         means, common = mean_over_sites(scores, sites, arms)
         table.add_section()
@@ -178,13 +212,15 @@ def summary_table(records: Sequence[Record]) -> Table:
             "" if len(common) == len(sites) else f"{len(common)} of {len(sites)} sites",
             *(Text(number(means[arm], 3), style="bold") for arm in arms),
         )
-    if gains:
-        table.caption = "in brackets: points gained over the site's own local-only model"
+    notes = ["in brackets: points gained over the site's own local-only model"] if gains else []
+    if any(found.withheld for found in scores.values()):
+        notes.append("<N: withheld by the site; such sites or domains are in no mean")
+    table.caption = "; ".join(notes) or None
     return table
 
 
 def _cell(found: Score, gain: Score | None) -> Text:
-    text = Text(number(found.mean, 3))
+    text = Text(value_or_withheld(found, 3))
     if gain is not None and gain.mean is not None:
         style = "green" if gain.mean > 0 else "red" if gain.mean < 0 else ""
         text.append(f" ({points(gain.mean)})", style=style)
@@ -201,5 +237,10 @@ def _cases(records: Sequence[Record]) -> int:
     """Cases measured at a site in one run: the classes share them, the domains add up."""
     per_domain: dict[str, int] = {}
     for record in records:
-        per_domain[record.domain] = max(per_domain.get(record.domain, 0), record.n_cases)
+        per_domain[record.domain] = max(per_domain.get(record.domain, 0), _count(record))
     return sum(per_domain.values())
+
+
+def _count(record: Record) -> int:
+    """The cases a record's means are over; none where they are withheld."""
+    return record.n_cases if isinstance(record.n_cases, int) else 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+from collections.abc import Callable
 from typing import NoReturn
 
 import click
@@ -40,6 +42,21 @@ def run(app: typer.Typer) -> NoReturn:
     if code == INTERRUPTED:  # click turns a Ctrl-C inside a command into this code
         _end("interrupted", INTERRUPTED)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def run_process(main: Callable[[], None]) -> NoReturn:
+    """Run a service's child process; its ending is one line in its log and an exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # one line a request
+    try:
+        main()
+    except UHarmonyError as error:
+        _end(str(error), error.exit_code)
+    except MemoryError:
+        _end("out of memory; use a smaller volume, patch or batch", UHarmonyError.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    sys.exit(0)
 
 
 def _end(message: str, code: int) -> NoReturn:

@@ -11,11 +11,12 @@ import torch
 import typer
 from rich.console import Console
 
-from uharmony_service.command_line import run as run_command
 from uharmony_model.allocator import keep_freed_pages
 from uharmony_model.errors import ConfigError
 from uharmony_model.methods import METHODS
+from uharmony_model.participation import load
 from uharmony_server.summary import summary_table
+from uharmony_service.command_line import run as run_command
 from uharmony_simulation.arms import Machine
 from uharmony_simulation.progress import make_progress
 from uharmony_simulation.run import run_study
@@ -68,6 +69,10 @@ def run(
         int | None, typer.Option(min=1, help="torch threads; all cores when left out")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    participation: Annotated[
+        Path | None,
+        typer.Option(help="repeat a run with the sites this record of it says took part"),
+    ] = None,
     output: Annotated[
         Output, typer.Option(help="auto: bars on a terminal, else JSON lines")
     ] = Output.auto,
@@ -78,6 +83,7 @@ def run(
         raise ConfigError(f"--arm {unknown[0]}: unknown; known are {', '.join(METHODS)}")
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"--device {device}: unknown; known are auto, cpu, cuda")
+    record = None if participation is None else load(participation)
     keep_freed_pages()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = threads or cores or 1
@@ -94,6 +100,7 @@ def run(
             machine=Machine(threads, device, engine.value, parallel),
             resume=resume,
             progress=progress,
+            participation=record,
         )
         progress.finished(out / "results.json", out / "report.html")
     if output is Output.json or (output is Output.auto and not console.is_terminal):

@@ -14,18 +14,21 @@ from flwr.serverapp import Grid
 
 from uharmony_client.case_figures import draw_site_cases
 from uharmony_client.flower_app import OnStep, make_client_app
-from uharmony_client.model_bundle import save_bundle
 from uharmony_client.site import Opened, Site
 from uharmony_client.site_config import load_site
 from uharmony_client.workbench import site_parameters
 from uharmony_model.atomic import write_atomic
+from uharmony_model.bundle import save_bundle
+from uharmony_model.errors import ConfigError
 from uharmony_model.exchange.partition import Partition
 from uharmony_model.exchange.schema import Schema, flatten, unflatten
 from uharmony_model.networks import build_network
+from uharmony_model.participation import Participation
 from uharmony_model.study import Study
 from uharmony_server.checkpoint import Checkpoint
 from uharmony_server.rounds import OnRound, run_rounds
 from uharmony_simulation.engine import InProcessGrid, site_of
+from uharmony_simulation.participation import ParticipationGrid
 from uharmony_simulation.ray_engine import run_with_ray
 from uharmony_simulation.sites import POOLED
 
@@ -104,12 +107,19 @@ def run_arm(
     *,
     on_round: OnRound | None = None,
     on_step: OnStep | None = None,
+    participation: Participation | None = None,
 ) -> None:
     """Run an arm to its end in `folder`, from wherever it stands, and leave its outcome there.
 
     `server/` holds the checkpoints, `model/` what `uharmony-predict` reads, `figures/` two cases
-    a site, and `done.json` is written last.
+    a site, and `done.json` is written last. Under a `participation` only the sites it names
+    train and count.
+
+    Raises:
+        ConfigError: a participation, and an engine that cannot follow it.
     """
+    if participation is not None and machine.engine != "inprocess":
+        raise ConfigError(f"--participation with engine {machine.engine}; use inprocess")
     started = time.monotonic()
     schema, initial = initial_weights(arm.study)
     opener = SiteOpener(arm, sites, machine)
@@ -127,7 +137,8 @@ def run_arm(
         )
     else:
         app = make_client_app(opener, on_step=on_step)
-        state = main(InProcessGrid(app, arm.sites))
+        grid = InProcessGrid(app, arm.sites)
+        state = main(grid if participation is None else ParticipationGrid(grid, participation))
     _keep_model(arm, schema, state, opener, folder)
     outcome = {
         "arm": arm.name,

@@ -45,6 +45,11 @@ class InProcessGrid(Grid):
         }
         self._pushed: dict[str, Message] = {}
 
+    @property
+    def sites(self) -> Mapping[int, str]:
+        """Which site each node is."""
+        return {node: str(c.node_config["site"]) for node, c in self._contexts.items()}
+
     def set_run(self, run: Run) -> None:
         """Set the run whose messages this grid carries."""
         self._run = run

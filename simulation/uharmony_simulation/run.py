@@ -24,11 +24,13 @@ from uharmony_model.errors import ConfigError, StoreError
 from uharmony_model.frozen import parse
 from uharmony_model.methods import METHODS
 from uharmony_model.networks import check_patch
+from uharmony_model.participation import Participation
 from uharmony_model.study import Study, load_study
 from uharmony_server.records import Record, write_results
 from uharmony_server.report import ArmRefusal, Figure, write_report
 from uharmony_simulation.arms import Arm, Machine, SiteOpener, run_arm
 from uharmony_simulation.config import Simulation
+from uharmony_simulation.participation import check_one_run, check_sites, claim
 from uharmony_simulation.progress import Progress
 from uharmony_simulation.sites import attribution, make_sites
 
@@ -45,8 +47,11 @@ def run_study(
     machine: Machine,
     resume: bool,
     progress: Progress,
+    participation: Participation | None = None,
 ) -> list[Record]:
     """Run the arms of a study file into `out` and return their records.
+
+    With a `participation` one arm is run with the sites that took part in another run.
 
     Raises:
         ConfigError: the study cannot be followed, or `out` is in use and --resume is not given.
@@ -58,15 +63,22 @@ def run_study(
     simulation = parse(Simulation, section, f"{path}: simulation")
     check_patch(study.network, study.training.patch)
     arms, seeds = list(arms) or [study.method], list(seeds) or [study.seed]
+    if participation is not None:
+        check_one_run(participation, study, arms, seeds)
+        if machine.engine != "inprocess":
+            raise ConfigError(f"--participation with --engine {machine.engine}; use inprocess")
     _claim(out, study, resume)
     sites = make_sites(study, simulation, data, out / "sites", on_case=progress.making)
     planned = [Arm.of(study, name, seed, sites) for name in arms for seed in seeds]
     for arm in planned:
+        if participation is not None:
+            check_sites(participation, arm.sites)
         # Volumes are prepared here, before any site is asked, so that a case that cannot be used
         # ends the command with its reason instead of a site's refusal.
         SiteOpener(arm, out / "sites", machine).open_all(progress.preparing)
     for arm in planned:
         folder = _folder(out, arm)
+        claim(folder, participation)
         if not (folder / "done.json").is_file():
             progress.arm(arm)
             run_arm(
@@ -76,6 +88,7 @@ def run_study(
                 machine,
                 on_round=lambda state, arm=arm: progress.round(arm, state),  # type: ignore[misc]
                 on_step=progress.step,
+                participation=participation,
             )
         progress.arm_done(arm)
     return _publish(out, study, simulation, machine)

@@ -31,6 +31,14 @@ from uharmony_simulation.anatomy import ATTRIBUTION, Anatomy
 from uharmony_simulation.config import AnatomySource, FolderSource, ScannerSettings, Simulation
 from uharmony_simulation.scanners import Scanner, apply_scanner, draw_scanner
 
+_POLICY = """\
+# All sites of a simulation lie on one machine: figures over few cases are shown to nobody else,
+# and a run may be started again from an earlier round.
+policy:
+  min_cases: 1
+  allow_rollback: true
+"""
+
 OnCase = Callable[[str, int, int], None]
 POOLED = "pooled"
 
@@ -287,6 +295,5 @@ def _write_site(folder: Path, site: str, cases: list[Case]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     CaseTable(cases=tuple(cases)).write_csv(folder / "cases.csv")
     content = {"name": site, "cases": "cases.csv", "store": "store", "volumes": "../../volumes"}
-    write_atomic(
-        folder / "site.yaml", yaml.safe_dump(content, sort_keys=False).encode(), mode=0o644
-    )
+    text = yaml.safe_dump(content, sort_keys=False) + _POLICY
+    write_atomic(folder / "site.yaml", text.encode(), mode=0o644)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -15,12 +15,17 @@ EXCHANGE_FORMAT = 1
 
 
 class Hello(Frozen):
-    """A site's answer to the coordinator's first question. No case, no path, no count."""
+    """A site's answer to the coordinator's first question. No case, no path, no count.
+
+    `weight` is `equal` where the site has too few cases to tell their number; then all sites of
+    the study weigh equally.
+    """
 
     site: Name
     study: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     format: int = EXCHANGE_FORMAT
     version: Annotated[str, Field(max_length=40)] = __version__
+    weight: Literal["cases", "equal"] = "cases"
 
 
 def check_hello(hello: Hello, study: str) -> None:

@@ -18,19 +18,28 @@ from uharmony_model.study import Split
 MAX_INSTRUCTION_BYTES = 4096
 
 
+class Receipt(Frozen):
+    """The head of a site's ledger, as the coordinator has seen it: `seq` and SHA-256 of a line."""
+
+    seq: NonNegativeInt
+    sha256: Digest
+
+
 class Instruction(Frozen):
     """One request: say hello, train a round from the global weights `base`, or evaluate them.
 
     `final` asks for what is done once, after the last round; `splits` says on which cases to
-    evaluate.
+    evaluate; `finish` says that the study is over. `receipt` returns to a site what the
+    coordinator has seen of its ledger, so that neither can rewrite it later.
     """
 
-    action: Literal["hello", "train", "evaluate"]
+    action: Literal["hello", "train", "evaluate", "finish"]
     study: Digest
     round: Annotated[NonNegativeInt, Field(lt=2**31)]
     base: OptionalDigest = ""
     final: bool = False
     splits: tuple[Split, ...] = ()
+    receipt: Receipt | None = None
 
     def to_json(self) -> str:
         """The canonical text, as it is sent."""

@@ -41,6 +41,7 @@ __all__ = [
     "Kind",
     "Manifest",
     "Opened",
+    "Value",
     "decode",
     "decode_body",
     "digest",
@@ -58,9 +59,11 @@ _DIGEST_AT = _PREFIX.size - 32
 _ALIGN = 64  # numbers in the body lie aligned in memory and can be used where they are
 _CODEC_SLACK = 1024  # a compressed body may exceed 2 bytes a number by a little, never 4
 
+# The only texts: a weight that is not told, and a count below a site's threshold.
 Value = (
     Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)]
     | Annotated[float, Field(strict=True)]
+    | Annotated[str, Field(strict=True, pattern=r"^(equal|<[1-9][0-9]{0,3})$")]
     | None
 )
 
@@ -120,7 +123,7 @@ def encode(
     schema: Schema | None = None,
     base: str = "",
     codec: CodecName = "fp32",
-    values: Mapping[str, int | float | None] | None = None,
+    values: Mapping[str, Value] | None = None,
     body_digest: str = "",
 ) -> bytes:
     """The payload of a flat buffer `(n,)` of a schema, or of values alone.
@@ -128,8 +131,8 @@ def encode(
     `body_digest` is for a caller who has hashed these weights already: `digest(flat)`, under fp32.
 
     Raises:
-        PayloadError: the buffer is not of the schema, a value is not a finite number, or the
-            header grows too long.
+        PayloadError: the buffer is not of the schema, a value is neither a finite number nor
+            one of the two texts, or the header grows too long.
     """
     numel = 0 if flat is None else flat.numel()
     if (flat is None) != (schema is None) or (schema is not None and schema.numel != numel):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import stat
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -58,23 +59,90 @@ def test_the_last_three_are_kept_and_an_older_round_is_refused(tmp_path):
 def test_a_study_that_starts_again_leaves_the_later_rounds_behind(tmp_path):
     store = LocalStore(tmp_path / "store")
     fill(store, KEPT + 2)
-    store.write(key(1, "another beginning"), b"again", {"phi@a": torch.full((3,), -1.0)})
+    again = {"phi@a": torch.full((3,), -1.0)}
+    store.write(key(1, "another beginning"), b"again", again, allow_rollback=True)
     assert store.update(key(1, "another beginning")) == b"again"
+    assert store.newest(STUDY) == 1
     found = store.before(STUDY, 2)
     assert found is not None
     assert torch.equal(found["phi@a"], torch.full((3,), -1.0))
 
 
-@pytest.mark.parametrize("name", ["update.bin", "local.safetensors", "generation.json"])
+@pytest.mark.parametrize("round_", [1, 4])
+def test_nothing_goes_back_unless_the_operator_says_so(tmp_path, round_):
+    store = LocalStore(tmp_path / "store")
+    fill(store, KEPT + 2)
+    before = {p: p.read_bytes() for p in store.folder.rglob("*") if p.is_file()}
+    message = r"before rounds \[.*5\] .* policy.allow_rollback: true in site.yaml"
+    with pytest.raises(StoreError, match=message):
+        store.write(key(round_, "earlier"), b"again", {})
+    assert {p: p.read_bytes() for p in store.folder.rglob("*") if p.is_file()} == before
+    store.write(key(KEPT + 2, "the newest round again"), b"again", {})
+
+
+def test_it_says_what_it_has_and_what_a_round_starts_from(tmp_path):
+    store = LocalStore(tmp_path / "store")
+    assert store.newest(STUDY) == 0
+    assert [store.started_from(STUDY, r) for r in (1, 7)] == [0, 0]
+    for round_ in (1, 2, 5):
+        store.write(key(round_), b"update", {})
+    assert store.newest(STUDY) == 5
+    # Round 4 did not reach this site: round 5 began from 2, and 6 begins from 5.
+    assert [store.started_from(STUDY, r) for r in (1, 2, 3, 5, 6, 99)] == [0, 1, 2, 2, 5, 5]
+    with pytest.raises(StoreError, match="written for study"):
+        store.newest("t" * 64)
+    fill(LocalStore(tmp_path / "late"), KEPT + 2)
+    with pytest.raises(StoreError, match="keeps rounds"):
+        LocalStore(tmp_path / "late").started_from(STUDY, 2)
+
+
+def test_a_generation_set_aside_by_a_cut_counts_until_its_successor_is_there(tmp_path):
+    store = LocalStore(tmp_path / "store")
+    fill(store, 2)
+    (store.folder / "round-000002").rename(store.folder / ".round-000002.old")
+    assert store.newest(STUDY) == 2
+    assert store.started_from(STUDY, 3) == 2
+    assert store.update(key(2)) == b"update 2"
+    found = store.before(STUDY, 3)
+    assert found is not None
+    assert torch.equal(found["phi@a"], torch.full((3,), 2.0))
+
+
+NAMES = ["update.bin", "local.safetensors", "generation.json"]
+
+
+def damages(data: bytes) -> list[bytes | None]:
+    """Bit flips at the ends and at sampled places, truncations, and no file at all."""
+    rng = np.random.default_rng(11)
+    found: list[bytes | None] = [None, b"", data[:-1], data[: len(data) // 2], data + b" "]
+    for place in [0, len(data) - 1, *rng.integers(0, len(data), 60)]:
+        flipped = bytearray(data)
+        flipped[place] ^= 1 << int(rng.integers(8))
+        found.append(bytes(flipped))
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_damage_is_noticed(tmp_path, name):
     store = LocalStore(tmp_path / "store")
-    fill(store, 1)
-    path = tmp_path / "store/round-000001" / name
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(StoreError):
-        _ = (store.update(key(1)), store.local(key(1)))
+    fill(store, 2)
+    path = tmp_path / "store/round-000002" / name
+    for data in damages(path.read_bytes()):
+        path.unlink(missing_ok=True)
+        if data is not None:
+            path.write_bytes(data)
+        # Never an answer from a damaged round, never training it anew, never an earlier state.
+        with pytest.raises(StoreError, match="damaged"):
+            store.update(key(2))
+        if name != "update.bin":
+            with pytest.raises(StoreError, match="damaged"):
+                store.local(key(2))
+            with pytest.raises(StoreError, match="damaged"):
+                store.before(STUDY, 3)
+        if name == "generation.json":
+            with pytest.raises(StoreError, match="damaged"):
+                store.newest(STUDY)
+    assert store.update(key(1)) == b"update 1"
 
 
 def test_nobody_else_can_read_it(tmp_path):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.blobs import volumes
 from tests.support.tiny import tiny_study
 from uharmony_client.local_train import LocalData, learning_rate, train_round
 from uharmony_client.optimizer import PREFIX, make_optimizer, moments, restore_moments
@@ -20,28 +19,6 @@ from uharmony_model.errors import TrainingError
 from uharmony_model.exchange.partition import Partition
 from uharmony_model.exchange.schema import flatten
 from uharmony_model.networks import build_network
-
-
-@dataclass(frozen=True)
-class Stored:
-    image: np.ndarray
-    label: np.ndarray
-    foreground: np.ndarray
-    spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0)
-
-
-def volumes(count: int = 3) -> list[Stored]:
-    rng = np.random.default_rng(0)
-    made = []
-    for _ in range(count):
-        label = np.zeros((16, 16, 16), np.uint8)
-        label[4:10, 5:11, 6:12] = 1
-        image = (rng.normal(size=(1, 16, 16, 16)) + 2 * label).astype(np.float32)
-        points = np.argwhere(label)
-        made.append(
-            Stored(image, label, np.column_stack([points, np.ones(len(points))]).astype(np.int32))
-        )
-    return made
 
 
 def one_round(study, base=None, before=None, round_=1, domains=("alpha",)):

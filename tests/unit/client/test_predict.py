@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.support.nifti_files import read_nifti
 from uharmony_client import predict as module
-from uharmony_client.model_bundle import load_bundle, save_bundle
 from uharmony_model.atomic import write_atomic
+from uharmony_model.bundle import load_bundle, save_bundle
 from uharmony_model.errors import StoreError
 from uharmony_model.exchange.partition import Partition
 from uharmony_model.networks import build_network

@@ -66,6 +66,7 @@ def test_any_kind_of_buffer_is_read(kind):
 
 def test_values_alone_travel_without_a_body():
     values = {"dice/tumor": 0.25, "hd95_mm/tumor": None, "cases": 3, "whole": 2.0}
+    values |= {"weight": "equal", "few": "<11", "fewer": "<1", "many": "<9999"}
     sent = made(kind=Kind.METRICS, flat=None, schema=None, values=values)
     manifest, flat = decode(sent, kind=Kind.METRICS, schema=None)
     assert flat.shape == (0,)
@@ -111,6 +112,13 @@ def test_encode_takes_a_flat_that_requires_grad_or_is_strided():
         {"values": {"loss": float("inf")}},
         {"values": {"cases": True}},
         {"values": {"cases": "3"}},
+        {"values": {"cases": "Equal"}},
+        {"values": {"cases": "equal\n"}},
+        {"values": {"n": "<"}},
+        {"values": {"n": "<0"}},
+        {"values": {"n": "<011"}},
+        {"values": {"n": "<12345"}},
+        {"values": {"n": "<11 "}},
         {"values": {"a\nb": 1}},
         {"site": "../etc"},
         {"site": "a\n"},

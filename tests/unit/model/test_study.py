@@ -23,8 +23,21 @@ def test_the_digest_follows_every_change_and_survives_json():
         tiny_study(method="fedavg"),
         tiny_study(training={"rounds": 4}),
         tiny_study(task={"classes": {"blob": 2}}),
+        tiny_study(evaluation={"metrics": ["dice"]}),
     ]
-    assert len({s.digest for s in [study, *changed]}) == 5
+    assert len({s.digest for s in [study, *changed]}) == 6
+
+
+def test_what_a_study_asks_for_by_name():
+    five = ("dice", "surface_dice", "hd95_mm", "lesion_recall", "fp_per_case")
+    assert tiny_study().asks == (*five, "cases", "loss")
+    fewer = {"metrics": ["hd95_mm", "dice"]}
+    study = tiny_study(evaluation=fewer, federation={"weighting": "equal"})
+    assert study.asks == ("dice", "hd95_mm", "loss")
+    other_order = tiny_study(
+        evaluation={"metrics": ["dice", "hd95_mm"]}, federation={"weighting": "equal"}
+    )
+    assert other_order.digest == study.digest
 
 
 def test_the_order_of_classes_is_part_of_the_study_and_that_of_modalities_is_not():
@@ -50,6 +63,8 @@ def test_the_order_of_classes_is_part_of_the_study_and_that_of_modalities_is_not
         ({"evaluation": {"validation": 0.5, "test": 0.5}}, "nothing is left"),
         ({"training": {"learning_rate": float("nan")}}, "learning_rate"),
         ({"name": "../etc"}, "name"),
+        ({"evaluation": {"metrics": ["dice", "dice"]}}, "twice"),
+        ({"evaluation": {"metrics": ["age"]}}, "metrics"),
     ],
 )
 def test_what_cannot_be_followed_is_refused_in_one_line(changes, words):

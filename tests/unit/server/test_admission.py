@@ -99,6 +99,10 @@ REFUSED = {
     "15 n = 12.0": (sent(values={"cases": 12.0}), R.BAD_CASE_COUNT),
     "15 n = null": (sent(values={"cases": None}), R.BAD_CASE_COUNT),
     "15 no n": (sent(values={}), R.BAD_CASE_COUNT),
+    "15 n below a threshold": (sent(values={"cases": "<11"}), R.BAD_CASE_COUNT),
+    "17 from its own round": (sent(values={"cases": 12, "started_from": 3}), R.WRONG_ROUND),
+    "17 from round -1": (sent(values={"cases": 12, "started_from": -1}), R.WRONG_ROUND),
+    "17 from no number": (sent(values={"cases": 12, "started_from": None}), R.WRONG_ROUND),
     "16 round before": (sent(round=2), R.WRONG_ROUND),
     "17 round after": (sent(round=4), R.WRONG_ROUND),
     "18 another study": (sent(study=OTHER), R.WRONG_STUDY),
@@ -139,6 +143,12 @@ REFUSED = {
 }
 
 
+def test_a_weight_that_is_not_told_is_none():
+    answer = admit(sent(values={"cases": "equal", "started_from": 2}), EXPECTED)
+    assert isinstance(answer, Admitted)
+    assert (answer.cases, answer.started_from) == (None, 2)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_with_one_reason(name):
     buffer, reason = REFUSED[name]
@@ -153,7 +163,7 @@ def test_refused_with_one_reason(name):
 
 
 def test_the_reasons_that_bytes_can_cause_are_all_in_the_table():
-    by_the_round = {R.DUPLICATE, R.SITE_ERROR, R.NOT_AGREED}
+    by_the_round = {R.DUPLICATE, R.SITE_ERROR, R.NOT_AGREED, R.LATE}
     assert {reason for _, reason in REFUSED.values()} == set(R) - by_the_round
 
 

@@ -56,6 +56,34 @@ def test_impossible_values_are_refused(metric, value):
         read({**GOOD, f"test/alpha/alpha/blob/{metric}": value})
 
 
+def test_a_withheld_domain_is_a_record_without_numbers():
+    (record,) = read({"test/alpha/alpha/blob/n_cases": "<11"})
+    assert (record.n_cases, record.withheld, record.dice) == ("<11", "<11", None)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"n_cases": "<11", "dice": 0.5},
+        {"n_cases": "<11", "hd95_mm": 0.0},
+        {"n_cases": "equal"},
+        {"n_cases": 12, "dice": "<11"},
+        {"n_cases": None},
+    ],
+)
+def test_numbers_beside_a_withheld_count_are_refused(values):
+    with pytest.raises(ExchangeError):
+        read({f"test/alpha/alpha/blob/{k}": v for k, v in values.items()})
+
+
+def test_a_metric_that_the_study_does_not_ask_for_is_refused():
+    study = tiny_study(evaluation={"metrics": ["hd95_mm"]})
+    for name in ("dice", "dice_low", "fp_per_case"):
+        values = {"test/alpha/alpha/blob/n_cases": 12, f"test/alpha/alpha/blob/{name}": 0.5}
+        with pytest.raises(ExchangeError):
+            records_from_metrics(study, 3, AdmittedMetrics("alpha", values))
+
+
 def test_a_count_is_needed():
     with pytest.raises(ExchangeError):
         read({"test/alpha/alpha/blob/dice": 0.5})

@@ -88,6 +88,9 @@ def test_results_are_plain_json_with_the_key_class_and_null_for_undefined(tmp_pa
         {"hd95_mm": -1.0},
         {"hd95_mm": float("inf")},
         {"n_cases": -1},
+        {"n_cases": "<11"},  # with a Dice
+        {"n_cases": "<11", "dice": None, "dice_high": 0.5},
+        {"n_cases": "few", "dice": None},
         {"split": "holdout"},
         {"site": "x" * 201},
         {"surprise": 1},
@@ -263,6 +266,36 @@ def test_the_terminal_table_takes_hostile_names_as_text():
     assert "[bold]x[/bold]" in text
     assert "[red]a" in text
     assert "\x1b" not in text
+
+
+HALF_HIDDEN = [
+    record(domain="mr", n_cases=20, dice=0.8),
+    record(domain="ct", n_cases="<11", dice=None),
+]
+
+
+def test_a_withheld_domain_is_in_no_mean_and_beside_the_number_of_cases():
+    found = score(HALF_HIDDEN)
+    assert (found.mean, found.cases, found.withheld) == (pytest.approx(0.8), 20, "<11")
+    assert found.shown_cases == "20 + <11"
+    assert score(HALF_HIDDEN[1:]).shown_cases == "<11"
+    assert score(HALF_HIDDEN[:1]).shown_cases == "20"
+
+
+def test_the_terminal_table_shows_what_is_withheld_and_says_so():
+    hidden = record(site="south", domain="south", n_cases="<11", dice=None)
+    text = rendered(summary_table([record(n_cases=20, dice=0.8), hidden]))
+    (line,) = [line for line in text.splitlines() if "south" in line]
+    assert line.count("<11") == 2
+    assert "0." not in line
+    assert "1 of 2 sites" in text
+    assert "withheld" in text
+    assert "withheld" not in rendered(summary_table([record()]))
+
+
+def test_withheld_records_are_read_as_they_were_written(tmp_path):
+    write_results(tmp_path / "r.json", HALF_HIDDEN)
+    assert read_results(tmp_path / "r.json") == HALF_HIDDEN
 
 
 def test_an_empty_run_has_an_empty_table():

@@ -128,6 +128,42 @@ def test_gains_have_a_sign_a_colour_and_count_the_sites_that_lose(tmp_path):
     assert "1 of 2 sites at or above their own model; worst" in page.words
 
 
+HIDDEN = [
+    *[
+        record(arm=arm, site="valley", n_cases="<11", dice=None, **changes)
+        for arm in ("local", "uharmony")
+        for changes in ({}, {"split": "validation", "round": 2})
+    ],
+    *[r for r in RUN if r.site == "north"],
+]
+
+
+def test_what_a_site_withholds_is_shown_as_that_and_is_in_no_mean(tmp_path):
+    text, page = written(tmp_path, HIDDEN, study=study())
+    _, _, valley, mean = page.tables[0]
+    assert valley == ["valley", "<11", "<11", "<11"]
+    assert mean == ["mean over sites", "1 of 2", "0.600", "0.634"]
+    details = [row for row in page.table("HD95")[1:] if "<11" in row]
+    assert [row[-6:] for row in details] == [["<11"] * 6] * 2
+    assert "withheld by the site" in page.words
+    assert "&lt;11" in text
+    assert "> 9" in page.words  # test cases of all sites
+    assert "withheld" not in written(tmp_path, RUN)[1].words
+
+
+def test_the_charts_name_the_site_that_withholds_and_draw_nothing_for_it():
+    dots = dot_chart(site_scores(HIDDEN), ["north", "valley"], ["local", "uharmony"])
+    assert [(row.site, len(row.dots), row.withheld) for row in dots.rows] == [
+        ("north", 2, ""),
+        ("valley", 0, "<11"),
+    ]
+    charts = learning_curves(HIDDEN, ["local", "uharmony"])
+    assert [(c.site, len(c.lines), c.withheld) for c in charts] == [
+        ("north", 2, ""),
+        ("valley", 0, "<11"),
+    ]
+
+
 def test_without_a_local_arm_there_is_no_section_of_gains(tmp_path):
     text, _ = written(tmp_path, [r for r in RUN if r.arm != "local"])
     assert 'id="gains"' not in text

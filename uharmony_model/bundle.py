@@ -5,7 +5,8 @@
           sites/<site>.safetensors    local tensors by key, or by KEY@DOMAIN
           sites/<site>.json           {"domains": [...], "modalities": [...]}
 
-A hospital hands out the folder without `sites/` or with its own entry only.
+A coordinator hands out the folder without entries in `sites/`; a hospital keeps one with its own
+entry only. Other files in the folder are for readers and do not count in its digest.
 """
 
 from __future__ import annotations
@@ -22,7 +23,13 @@ from pydantic import Field
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from uharmony_model.atomic import replace_directory, temporary_directory, write_atomic
+from uharmony_model.atomic import (
+    make_directory,
+    remove_directory,
+    replace_directory,
+    temporary_directory,
+    write_atomic,
+)
 from uharmony_model.errors import ConfigError, StoreError
 from uharmony_model.exchange.partition import Partition
 from uharmony_model.frozen import Frozen, parse
@@ -62,26 +69,32 @@ def save_bundle(
     local: Mapping[str, Mapping[str, Tensor]],
     domains: Mapping[str, Sequence[str]],
     modalities: Mapping[str, Sequence[str]] | None = None,
+    notes: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write the folder, whole or not at all; `local`, `domains` and `modalities` are by site.
+
+    `notes` are further files beside study.json, by name.
 
     Raises:
         StoreError: the folder cannot be written.
     """
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StoreError(f"{folder.parent}: {error.strerror}; give another folder") from None
+    make_directory(folder.parent)
     temporary = temporary_directory(folder)
-    write_atomic(temporary / "study.json", study.canonical_json().encode())
-    write_atomic(temporary / "shared.safetensors", _tensors(shared))
-    (temporary / "sites").mkdir(mode=0o700)
-    for site, tensors in local.items():
-        entry = SiteEntry(
-            domains=tuple(domains[site]), modalities=tuple((modalities or {}).get(site, ()))
-        )
-        write_atomic(temporary / "sites" / f"{site}.json", entry.model_dump_json().encode())
-        write_atomic(temporary / "sites" / f"{site}.safetensors", _tensors(tensors))
+    try:
+        write_atomic(temporary / "study.json", study.canonical_json().encode())
+        write_atomic(temporary / "shared.safetensors", _tensors(shared))
+        (temporary / "sites").mkdir(mode=0o700)
+        for site, tensors in local.items():
+            entry = SiteEntry(
+                domains=tuple(domains[site]), modalities=tuple((modalities or {}).get(site, ()))
+            )
+            write_atomic(temporary / "sites" / f"{site}.json", entry.model_dump_json().encode())
+            write_atomic(temporary / "sites" / f"{site}.safetensors", _tensors(tensors))
+        for name, content in (notes or {}).items():
+            write_atomic(temporary / name, content)
+    except BaseException:
+        remove_directory(temporary)
+        raise
     replace_directory(temporary, folder)
 
 

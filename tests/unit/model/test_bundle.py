@@ -7,10 +7,27 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from uharmony_client.model_bundle import known_sites, load_bundle, save_bundle
+from uharmony_model.bundle import known_sites, load_bundle, save_bundle
 from uharmony_model.errors import ConfigError, PartitionError, StoreError
 from uharmony_model.exchange.partition import Partition
 from uharmony_model.networks import build_network
+from uharmony_model.study import Study
+
+
+@pytest.fixture
+def study() -> Study:
+    """Two exclusive classes on one MR channel; tiny everywhere."""
+    return Study.model_validate(
+        {
+            "name": "test",
+            "task": {
+                "classes": {"edema": (1, 3), "core": 2},
+                "intensity": {"T1": {"policy": "zscore"}},
+            },
+            "network": {"features": (4, 8), "residual_units": 0},
+            "training": {"patch": (8, 8, 8)},
+        }
+    )
 
 
 @pytest.fixture
@@ -160,3 +177,19 @@ def test_writing_again_replaces_the_whole_folder(write_bundle):
     (folder / "stale").write_text("")
     write_bundle()
     assert {path.name for path in folder.iterdir()} == {"study.json", "shared.safetensors", "sites"}
+
+
+def test_notes_lie_beside_the_model_and_do_not_change_its_digest(tmp_path, study):
+    network = build_network(study, ("n",), seed=0)
+    shared, _ = Partition.of(network, study.plan.local).split(network.state_dict())
+    save_bundle(tmp_path / "plain", study, shared, {}, {})
+    save_bundle(tmp_path / "noted", study, shared, {}, {}, notes={"README.md": b"text"})
+    assert (tmp_path / "noted" / "README.md").read_bytes() == b"text"
+    digests = {load_bundle(tmp_path / name, None).digest for name in ("plain", "noted")}
+    assert len(digests) == 1
+
+
+def test_a_bundle_that_cannot_be_written_leaves_nothing(tmp_path, study):
+    with pytest.raises(KeyError):
+        save_bundle(tmp_path / "model", study, {}, {"north": {}}, {})
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,324 @@
+"""`uharmony-client --site X`: the service of a site, and everything its people want to know of it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from uharmony_client.home import Home
+from uharmony_model.atomic import write_atomic
+from uharmony_model.errors import ConfigError, StoreError
+from uharmony_model.exchange.joining import JoinCode
+from uharmony_model.study import Study, load_study
+from uharmony_service.command_line import run as run_command
+
+app = typer.Typer(
+    add_completion=False,
+    invoke_without_command=True,
+    help="A hospital's side of a study. Without a command: run the service of the site.",
+)
+ledger_app = typer.Typer(no_args_is_help=True, help="What has left this building.")
+app.add_typer(ledger_app, name="ledger")
+
+Json = Annotated[bool, typer.Option("--json", help="for machines")]
+_TEMPLATE = """# What only this hospital knows; nothing of this file is ever sent.
+name: {name}
+cases: {cases}          # a case table (.csv), or a folder in a known layout
+store: {store}
+# annotated: [lesion]   # the study's classes that are drawn here; all of them when left out
+# modality_map: {{t1: T1}}
+# label_map: {{2: 1}}
+policy:
+  min_cases: 11         # numbers over fewer cases do not leave; 1 switches this off
+resources:
+  checkpoint_steps: 50  # a power cut costs at most this many steps
+"""
+
+
+@app.callback()
+def service(
+    context: typer.Context,
+    site: Annotated[str, typer.Option(help="the site's name, or its site.yaml or its folder")],
+    health_port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="gRPC health service on 127.0.0.1")
+    ] = None,
+) -> None:
+    """Run the service of the site when no command is given."""
+    context.obj = site
+    if context.invoked_subcommand is not None:
+        return
+    from uharmony_client.service import serve
+
+    home = Home.find(site)
+    member = home.membership()
+    print(
+        f"site {home.config.name}: study {member.study[:16]} at {member.address}; "
+        f"logs in {home.log}",
+        flush=True,
+    )
+    code = serve(home, health_port=health_port, say=lambda text: print(text, flush=True))
+    if code == 0:
+        print("the service has ended", flush=True)
+    sys.exit(code)
+
+
+@app.command()
+def init(
+    context: typer.Context,
+    cases: Annotated[Path, typer.Option(help="case table or folder of volumes")],
+    store: Annotated[
+        Path | None, typer.Option(help="where this site keeps everything of its own")
+    ] = None,
+) -> None:
+    """Write a commented site.yaml into a folder named as the site."""
+    name = str(context.obj)
+    target = Path(name) / "site.yaml"
+    if target.exists():
+        raise ConfigError(f"{target}: exists; edit it, or choose another --site")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    text = _TEMPLATE.format(
+        name=name, cases=cases.absolute(), store=store.absolute() if store else "store"
+    )
+    write_atomic(target, text.encode())
+    Home.find(str(target))
+    print(f"wrote {target}; next: uharmony-client --site {name} check")
+
+
+@app.command()
+def join(
+    context: typer.Context,
+    code: Annotated[str, typer.Argument(help="the word that the coordinator handed over")],
+    approve: Annotated[
+        str | None, typer.Option(help="approve the study with this digest without asking")
+    ] = None,
+) -> None:
+    """Look at a study, approve it, and enrol; keys are made here and stay here."""
+    from uharmony_client.join import join as enrol
+    from uharmony_client.join import study_view
+
+    home, console = Home.find(context.obj), Console()
+
+    def decide(study: Study) -> bool:
+        console.print(study_view(study, home))
+        if approve is not None:
+            if approve != study.digest:
+                raise ConfigError(
+                    f"--approve {approve:.64}: the coordinator's study is {study.digest}; "
+                    "look at it before you approve it"
+                )
+            return True
+        return typer.confirm("Approve this study for this site?")
+
+    study = enrol(home, JoinCode.from_text(code), decide)
+    print(f"{home.config.name} has joined {study.name}; next: uharmony-client --site {context.obj}")
+
+
+@app.command()
+def check(
+    context: typer.Context,
+    study: Annotated[
+        Path | None, typer.Option(help="study.yaml; the approved study when left out")
+    ] = None,
+    connect: Annotated[
+        bool, typer.Option("--connect", help="test the connection to the coordinator too")
+    ] = False,
+    reveal: Annotated[
+        bool, typer.Option("--reveal", help="show names of cases, for your eyes")
+    ] = False,
+    json_: Json = False,
+) -> None:
+    """Look at the data and the machine before anything is trained. Contacts nobody by itself."""
+    from uharmony_client.check import render, run_check
+    from uharmony_client.connection import reach
+
+    home, console = Home.find(context.obj), Console()
+    known = load_study(study)[0] if study else home.study() if home.joined else None
+    with console.status("looking at the cases") as status:
+        report = run_check(
+            home.config,
+            known,
+            on_case=lambda name, number, count: status.update(f"case {number + 1} of {count}"),
+            connection=(lambda: reach(home)) if connect else None,
+            reveal=reveal,
+        )
+    if json_:
+        print(report.to_json())
+    else:
+        console.print(render(report))
+    sys.exit(report.exit_code)
+
+
+@app.command("dry-run")
+def dry_run(
+    context: typer.Context,
+    study: Annotated[
+        Path | None, typer.Option(help="study.yaml; the approved study when left out")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="fewer steps than a round")] = None,
+    json_: Json = False,
+) -> None:
+    """Train one round with the network blocked, and show exactly what would leave."""
+    from uharmony_client.dry_run import dry_run as run_dry
+    from uharmony_client.dry_run import render
+    from uharmony_client.site import Site
+
+    home = Home.find(context.obj)
+    known = load_study(study)[0] if study else home.study()
+    found = run_dry(Site.open(home.config, known), steps)
+    if json_:
+        print(found.to_json())
+    else:
+        Console().print(render(found))
+
+
+@app.command()
+def status(context: typer.Context, json_: Json = False) -> None:
+    """Show what the service does, since when, and how long the certificate is good."""
+    from uharmony_client.site_status import status_json, status_view
+
+    home = Home.find(context.obj)
+    if json_:
+        print(status_json(home))
+    else:
+        Console().print(status_view(home))
+
+
+@app.command()
+def evaluate(context: typer.Context, json_: Json = False) -> None:
+    """Compare the federated model with the site's own local-only model on its test split."""
+    from uharmony_client.results_view import results_json, results_view
+
+    results, _ = _results(Home.find(context.obj))
+    if json_:
+        print(results_json(results))
+    else:
+        Console().print(results_view(results))
+
+
+@app.command()
+def report(
+    context: typer.Context,
+    out: Annotated[Path | None, typer.Option(help="HTML file; in the store when left out")] = None,
+) -> None:
+    """Write the site's own report: both models, every case, pictures. It stays here."""
+    from uharmony_client.site_report import write_site_report
+
+    home = Home.find(context.obj)
+    results, site = _results(home)
+    target = out or home.config.store / "report.html"
+    write_site_report(target, site, results)
+    print(f"report {target}")
+
+
+def _results(home: Home):  # type: ignore[no-untyped-def]  # its types would import torch
+    """Both models measured; the site's own one is trained first where that is not done yet."""
+    from uharmony_client.alone import train_alone
+    from uharmony_client.site import Site
+    from uharmony_client.site_results import evaluate_site, federated_model
+
+    site = Site.open(home.config, home.study())
+    model, training = federated_model(site), site.study.training
+    if not (model / "study.json").is_file():
+        raise ConfigError(f"{model}: no federated model yet; it comes after the study's last round")
+    with Console(stderr=True).status("training the site's own model") as shown:
+        train_alone(
+            site,
+            on_step=lambda name, round_, step, loss: shown.update(
+                f"own model: round {round_} of {training.rounds}, step {step + 1}, loss {loss:.3f}"
+            ),
+        )
+    return evaluate_site(site, model), site
+
+
+@app.command()
+def backup(context: typer.Context, archive: Annotated[Path, typer.Argument()]) -> None:
+    """Write keys, generations, ledger and models of the site to one file. Keep it as a key."""
+    from uharmony_client.backup import backup as write_backup
+
+    home = Home.find(context.obj)
+    with home.only_one():
+        found = write_backup(home.config.store, archive)
+    print(f"{archive}: {found.files} files, {found.bytes} bytes; it holds the site's keys")
+
+
+@app.command()
+def restore(context: typer.Context, archive: Annotated[Path, typer.Argument()]) -> None:
+    """Bring a backup back into an empty store."""
+    from uharmony_client.backup import restore as read_backup
+
+    home = Home.find(context.obj)
+    found = read_backup(archive, home.config.store)
+    print(f"{home.config.store}: {found.files} files restored")
+
+
+@app.command()
+def leave(
+    context: typer.Context,
+    purge: Annotated[
+        bool, typer.Option("--purge", help="delete this study's generations, models and identity")
+    ] = False,
+) -> None:
+    """Leave the study: the coordinator shuts this site out. The ledger always stays."""
+    from uharmony_client.leave import leave as end
+
+    home = Home.find(context.obj)
+    with home.only_one():
+        for line in end(home, purge=purge):
+            print(line)
+
+
+@ledger_app.command("show")
+def ledger_show(
+    context: typer.Context,
+    last: Annotated[int, typer.Option(min=1, help="how many entries")] = 20,
+    tensors: Annotated[bool, typer.Option("--tensors", help="each tensor too")] = False,
+) -> None:
+    """Show what has left, newest last."""
+    from collections import deque
+
+    from uharmony_client.ledger_check import show
+
+    home = Home.find(context.obj)
+    table = Table()
+    for column in ("entry", "time", "kind", "round", "bytes", "sha256", "tensors", "values"):
+        table.add_column(column)
+    for entry in deque(show(home.ledger), maxlen=last):
+        values = entry.text or ", ".join(f"{k}={v}" for k, v in entry.values.items())
+        table.add_row(
+            str(entry.seq), entry.time, entry.kind, str(entry.round), str(entry.bytes),
+            entry.sha256[:16], str(len(entry.tensors)), Text(values[:120]),
+        )  # fmt: skip
+        for fact in entry.tensors if tensors else ():
+            shape = "x".join(map(str, fact.shape))
+            table.add_row("", "", "", "", str(fact.bytes), fact.sha256[:16], shape, fact.name)
+    Console().print(table)
+
+
+@ledger_app.command("verify")
+def ledger_verify(context: typer.Context) -> None:
+    """Check every entry, the chain, the signatures and the coordinator's receipts; offline."""
+    from uharmony_client.ledger_check import verify
+    from uharmony_service.keys import load_ledger_key
+
+    home = Home.find(context.obj)
+    verdict = verify(home.ledger, load_ledger_key(home.identity.ledger_key).public_key())
+    for problem in verdict.problems:
+        print(problem)
+    if not verdict.whole:
+        raise StoreError(f"{home.ledger}: {len(verdict.problems)} problems in the ledger")
+    print(f"{verdict.entries} entries, whole; head {verdict.head.sha256}")
+
+
+def main() -> None:
+    """The console command."""
+    run_command(app)
+
+
+if __name__ == "__main__":
+    main()

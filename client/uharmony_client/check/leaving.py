@@ -1,0 +1,74 @@
+"""What will leave this site in a round of a study, by name and in bytes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from uharmony_client.check.findings import Detail
+from uharmony_client.policy import differences
+from uharmony_client.site_config import SiteConfig
+from uharmony_model.errors import UHarmonyError
+from uharmony_model.exchange.partition import Partition
+from uharmony_model.exchange.parts import part_of
+from uharmony_model.networks import build_network, check_patch
+from uharmony_model.study import Study
+
+_BYTES = {"fp32": 4, "bf16": 2}
+_GENERATIONS = 3
+_MOMENTS = 2  # of AdamW, one more copy of every parameter each
+
+
+@dataclass(frozen=True)
+class Leaving:
+    """Scalars that leave by part of the model, bytes of a round, values, and what stays.
+
+    Bytes are those of the weights before they are compressed without loss. Weights come down as
+    fp32 whatever the codec.
+    """
+
+    parts: dict[str, int]
+    tensors: int
+    scalars: int
+    bytes_up: int
+    bytes_down: int
+    values: tuple[str, ...]
+    min_cases: int
+    stays: int
+
+
+def what_leaves(
+    config: SiteConfig, study: Study, domains: Sequence[str]
+) -> tuple[Leaving | None, list[tuple[str, Detail]]]:
+    """What leaves, and why the study cannot be followed here if it cannot."""
+    noted = [("U702", Detail(None, line)) for line in differences(config.policy, study)]
+    try:
+        check_patch(study.network, study.training.patch)
+        network = build_network(study, tuple(domains), seed=study.seed)
+        partition = Partition.of(network, study.plan.local)
+    except UHarmonyError as error:
+        return None, [*noted, ("U701", Detail(None, str(error)))]
+    parts, sizes = part_of(network), Counter[str]()
+    for spec in partition.shared_schema.tensors:
+        sizes[parts[spec.name].value] += spec.numel
+    shared = partition.shared_schema.numel
+    state = network.state_dict()
+    leaving = Leaving(
+        parts=dict(sizes),
+        tensors=len(partition.shared_schema.tensors),
+        scalars=shared,
+        bytes_up=shared * _BYTES[study.codec.up],
+        bytes_down=shared * _BYTES["fp32"],
+        values=study.asks if shared else (),
+        min_cases=config.policy.min_cases,
+        stays=sum(state[key].numel() for key in partition.local_keys),
+    )
+    return leaving, noted
+
+
+def generation_bytes(leaving: Leaving, study: Study) -> int:
+    """Room for the generations a site keeps: updates, local parameters, moments."""
+    whole = leaving.scalars + leaving.stays
+    moments = _MOMENTS * whole if study.training.keep_optimizer else 0
+    return _GENERATIONS * 4 * (leaving.scalars + leaving.stays + moments)

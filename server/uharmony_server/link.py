@@ -1,0 +1,263 @@
+"""The coordinator's session with SuperLink: a run, the sites' nodes, messages and answers.
+
+The coordinator is the executor of its own ServerApp task, a process of its own: a SuperLink that
+dies takes nothing with it. After its restart a new run begins within a second and the sites' keys
+are registered again; what was under way is asked again and answered from the sites' stores.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import threading
+import time
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+from flwr.app import Message
+from flwr.app.message import make_message, remove_content_from_message
+from flwr.common.constant import SUPERLINK_NODE_ID
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.control_pb2 import RegisterNodeRequest, StartRunRequest, UnregisterNodeRequest
+from flwr.proto.fab_pb2 import Fab
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree
+from flwr.proto.node_pb2 import Node
+from flwr.proto.runtime_pb2 import (
+    GetNodesRequest,
+    PullAppMessagesRequest,
+    PushAppMessagesRequest,
+)
+from flwr.supercore.constant import TaskType
+from flwr.supercore.control import ControlHttpClient
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    iterate_object_tree,
+    no_object_id_recompute,
+)
+from flwr.supercore.inflatable.inflatable_protobuf_utils import (
+    make_pull_object_fn_protobuf,
+    make_push_object_fn_protobuf,
+)
+from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPullError,
+    inflate_object_from_contents,
+    pull_objects,
+    push_objects,
+)
+from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+
+from uharmony_service.loopback import SecretInterceptor
+from uharmony_service.runtime import OBJECT_POLL_SECONDS, Claim, ClaimLostError, acquire, connect
+
+log = logging.getLogger(__name__)
+
+COMPONENT = "flwr-serverapp"
+_PATIENCE_SECONDS = 3.0
+_RESTART_SECONDS = 120.0
+_NODE = Node(node_id=SUPERLINK_NODE_ID)
+
+
+class LinkLostError(Exception):
+    """SuperLink is away or was restarted; `LinkSession.open` begins anew."""
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """An answer that lies at SuperLink: its head, and the objects it consists of."""
+
+    head: Message
+    tree: ObjectTree
+
+
+class LinkSession:
+    """One run at SuperLink. `members` maps each site to its node key (PEM bytes)."""
+
+    def __init__(self, address: str, secret: str, ca: bytes) -> None:
+        self._address, self._secret, self._ca = address, secret, ca
+        self._claim: Claim | None = None
+        self._lock = threading.Lock()
+        self.nodes: dict[str, int] = {}
+
+    def open(self, members: Mapping[str, bytes]) -> None:
+        """Begin a run, and register every member. Waits while SuperLink is being started.
+
+        Raises:
+            LinkLostError: SuperLink did not come up.
+        """
+        self.close()
+        end = time.monotonic() + _RESTART_SECONDS
+        while True:
+            try:
+                self._begin()
+                self.nodes = {}
+                self.admit(members)
+                return
+            except (httpx.HTTPError, ClaimLostError, LinkLostError) as error:
+                if time.monotonic() > end:
+                    raise LinkLostError(f"SuperLink does not come up: {error}") from error
+                time.sleep(0.2)
+
+    def close(self) -> None:
+        """End the heartbeat and the connection."""
+        if self._claim is not None:
+            self._claim.__exit__(None, None, None)
+            self._claim = None
+
+    def admit(self, members: Mapping[str, bytes]) -> None:
+        """Register new members' keys and strike those that are no longer members."""
+        for site in sorted(set(self.nodes) - set(members)):
+            with self._asking():
+                self._control(UnregisterNodeRequest(node_id=self.nodes.pop(site)))
+        for site, key in sorted(members.items()):
+            if site not in self.nodes:
+                with self._asking():
+                    self.nodes[site] = self._control(RegisterNodeRequest(public_key=key)).node_id
+
+    def online(self) -> dict[str, int]:
+        """The members that are connected now, with their node numbers."""
+        with self._asking() as claim:
+            found = {n.node_id for n in claim.client.GetNodes(GetNodesRequest()).nodes}
+        return {site: node for site, node in self.nodes.items() if node in found}
+
+    def push(self, messages: Sequence[Message]) -> list[str]:
+        """Send messages; objects that several have in common are sent once."""
+        with self._asking() as claim, no_object_id_recompute():
+            protos, trees, objects = [], [], {}
+            for message in messages:
+                message.metadata.__dict__["_message_id"] = message.object_id
+                protos.append(message_to_proto(remove_content_from_message(message)))
+                trees.append(get_object_tree(message))
+                objects.update(get_all_nested_objects(message))
+            pushed = claim.client.PushMessages(
+                PushAppMessagesRequest(messages_list=protos, message_object_trees=trees)
+            )
+            push_objects(
+                objects,
+                make_push_object_fn_protobuf(
+                    claim.client.PushObject, _NODE, claim.run.run_id, pushed.session_id
+                ),
+                object_ids_to_push=set(pushed.objects_to_push),
+            )
+        return list(pushed.message_ids)
+
+    def answers(self, identifiers: Iterable[str]) -> list[Arrived]:
+        """What has come for these messages since the last question, without its content."""
+        wanted = sorted(identifiers)
+        if not wanted:
+            return []
+        with self._asking() as claim:
+            found = claim.client.PullMessages(PullAppMessagesRequest(message_ids=wanted))
+        pairs = zip(found.messages_list, found.message_object_trees, strict=True)
+        return [Arrived(message_from_proto(proto), tree) for proto, tree in pairs]
+
+    def fetch(self, arrived: Arrived) -> Message:
+        """The answer with its content; SuperLink forgets it."""
+        head, tree = arrived.head, arrived.tree
+        with self._asking() as claim:
+            contents = pull_objects(
+                [part.object_id for part in iterate_object_tree(tree)],
+                make_pull_object_fn_protobuf(claim.client.PullObject, _NODE, claim.run.run_id),
+                initial_backoff=OBJECT_POLL_SECONDS,
+                backoff_cap=1.0,
+            )
+            self._forget(claim, arrived)
+        message = inflate_object_from_contents(tree.object_id, contents)
+        if not isinstance(message, Message):
+            raise LinkLostError(f"an answer that is no message: {type(message).__name__}")
+        if message.has_error():
+            return make_message(metadata=head.metadata, error=message.error)
+        return make_message(metadata=head.metadata, content=message.content)
+
+    def forget(self, arrived: Arrived) -> None:
+        """Let SuperLink drop an answer that nobody will read."""
+        with self._asking() as claim:
+            self._forget(claim, arrived)
+
+    # --- parts -----------------------------------------------------------------------------------
+
+    def _forget(self, claim: Claim, arrived: Arrived) -> None:
+        claim.client.ConfirmMessageReceived(
+            ConfirmMessageReceivedRequest(
+                node=_NODE,
+                run_id=claim.run.run_id,
+                message_object_id=arrived.head.metadata.message_id,
+            )
+        )
+
+    def _begin(self) -> None:
+        bundle = _stub_bundle()
+        fab = Fab(hash_str=hashlib.sha256(bundle).hexdigest(), content=bundle)
+        if not self._control(StartRunRequest(fab=fab)).run_id:
+            raise LinkLostError("SuperLink began no run")
+        end = time.monotonic() + _PATIENCE_SECONDS
+        with self._client() as client:
+            while not (token := acquire(client, TaskType.SERVER_APP)):
+                if time.monotonic() > end:
+                    raise LinkLostError("SuperLink gave no task")
+                time.sleep(0.02)
+        self._claim = Claim(self._client(token))
+        self._claim.__enter__()
+
+    def _client(self, token: str = "") -> Any:
+        return connect(
+            self._address,
+            self._secret,
+            component=COMPONENT,
+            token=token,
+            ca=self._ca,
+            patience=_PATIENCE_SECONDS,
+        )
+
+    def _control(self, request: Any) -> Any:
+        with ControlHttpClient.from_server_address(
+            self._address,
+            False,
+            self._ca,
+            [
+                RuntimeVersionHttpInterceptor(component_name="flwr-cli"),
+                SecretInterceptor(self._secret),
+            ],
+        ) as client:
+            return getattr(client, type(request).__name__.removesuffix("Request"))(request)
+
+    def _asking(self) -> _Asking:
+        return _Asking(self._claim)
+
+
+class _Asking:
+    """Within this block an absent or restarted SuperLink is one error, `LinkLostError`."""
+
+    def __init__(self, claim: Claim | None) -> None:
+        self._claim = claim
+
+    def __enter__(self) -> Claim:
+        if self._claim is None or self._claim.lost.is_set():
+            raise LinkLostError("no session with SuperLink")
+        return self._claim
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, (httpx.HTTPError, ClaimLostError, ObjectPullError, RuntimeError)):
+            raise LinkLostError(f"{type(error).__name__}: {error}"[:200]) from error
+
+
+def _stub_bundle() -> bytes:
+    """The smallest application bundle that Flower takes; nothing in it is ever imported."""
+    text = """[project]
+name = "uharmony"
+version = "1.0.0"
+[tool.flwr.app]
+publisher = "uharmony"
+[tool.flwr.app.components]
+serverapp = "installed:by_the_hospital"
+clientapp = "installed:by_the_hospital"
+[tool.flwr.app.config]
+"""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        archive.writestr(zipfile.ZipInfo("pyproject.toml"), text)
+    return out.getvalue()

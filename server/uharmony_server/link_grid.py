@@ -1,0 +1,251 @@
+"""A Flower Grid over real sites: asks, waits, asks again where no answer came, and closes in time.
+
+No answer is not a refusal. A site that is offline is asked when it comes back; an error that says
+node or task gone means asking again; a SuperLink that was restarted means asking everybody again.
+Sites answer from their stores what they have done already. Nodes are numbered by the name of
+their site, so what SuperLink calls them may change in the middle of a round.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from flwr.app import Message, RecordDict
+from flwr.common.constant import ErrorCode
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+
+from uharmony_server.link import Arrived, LinkLostError, LinkSession
+
+log = logging.getLogger(__name__)
+
+Members = Callable[[], Mapping[str, bytes]]
+GONE = frozenset(
+    {
+        ErrorCode.UNKNOWN,
+        ErrorCode.MESSAGE_UNAVAILABLE,
+        ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
+        ErrorCode.NODE_UNAVAILABLE,
+        ErrorCode.CLIENT_APP_CRASHED,
+    }
+)
+_POLL_SECONDS = 0.05
+_POLL_IDLE_SECONDS = 0.5
+_BUSY_SECONDS = 30.0
+
+
+def node_of(site: str) -> int:
+    """The number of a site's node in this grid; it does not depend on anything but the name."""
+    return int.from_bytes(hashlib.sha256(site.encode()).digest()[:8], "big") >> 1 | 1
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Limits in seconds: a round's deadline, and how long an absent site is waited for."""
+
+    deadline: float | None = None
+    absent: float | None = None
+
+
+class Watcher(Protocol):
+    """Who is told what the grid sees, for `status`."""
+
+    def waiting(self, awaited: Mapping[str, float], online: Iterable[str]) -> None:
+        """Sites whose answer is missing, since when (wall time), and who is connected."""
+
+
+@dataclass
+class _Ask:
+    """One message to one site, as often as it has to be sent."""
+
+    site: str
+    message: Message
+    identifier: str = ""
+    arrived: Arrived | None = None
+    since: float = field(default_factory=time.monotonic)
+    absent_since: float | None = None
+
+
+class LinkGrid(Grid):
+    """Carries a strategy's messages to the enrolled sites that are not revoked."""
+
+    def __init__(
+        self, link: LinkSession, members: Members, waiting: Waiting, watcher: Watcher
+    ) -> None:
+        self._link, self._members, self._waiting, self._watcher = link, members, waiting, watcher
+        self._run = Run.create_empty(run_id=1)
+        self._stale: dict[str, _Ask] = {}
+        self._late: list[tuple[str, int]] = []
+        self._busy_until = 0.0
+
+    # --- what a strategy uses ----------------------------------------------------------------------
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Every member, connected or not."""
+        return sorted(node_of(site) for site in self._members())
+
+    def site_of(self, node: int) -> str | None:
+        """The member that this number stands for: who its certificate says it is."""
+        return {node_of(site): site for site in self._members()}.get(node)
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterator[Message]:
+        """Answers in the order of the messages, each as soon as those before it are settled.
+
+        `timeout` is the round's deadline in seconds; None takes the coordinator's setting.
+        """
+        limit = self._waiting.deadline if timeout is None else timeout
+        names = {node_of(site): site for site in self._members()}
+        asks = [
+            _Ask(names[m.metadata.dst_node_id], m)
+            for m in messages
+            if m.metadata.dst_node_id in names
+        ]
+        end = None if limit is None else time.monotonic() + limit
+        settled = 0
+        while settled < len(asks):
+            ask = asks[settled]
+            if ask.arrived is None and not self._given_up(ask, end):
+                self._turn(asks[settled:])
+                continue
+            message = self._fetch(ask)
+            if message is None and ask.arrived is None and not self._given_up(ask, end):
+                continue  # SuperLink went away while it was fetched: ask again
+            settled += 1
+            if message is not None:
+                yield message
+            elif ask.identifier:
+                self._stale[ask.identifier] = ask
+        self._watcher.waiting({}, ())
+
+    def take_late(self) -> list[tuple[str, int]]:
+        """(site, round) of updates that have come after their rounds were closed, once each."""
+        found, self._late = self._late, []
+        return found
+
+    # --- parts -----------------------------------------------------------------------------------
+
+    def _given_up(self, ask: _Ask, end: float | None) -> bool:
+        """Past the deadline, no longer a member, or absent for longer than is waited for."""
+        now, absent = time.monotonic(), self._waiting.absent
+        if ask.site not in self._members():
+            return True
+        if end is not None and now > end:
+            return True
+        return (
+            absent is not None and ask.absent_since is not None and now - ask.absent_since > absent
+        )
+
+    def _turn(self, asks: list[_Ask]) -> None:
+        """Send what can be sent, take in what has come, wait a moment."""
+        try:
+            self._exchange(asks)
+        except LinkLostError as error:
+            log.warning("SuperLink is away (%s); beginning a new run", error)
+            self._begin_again(asks)
+        busy = time.monotonic() < self._busy_until
+        time.sleep(_POLL_SECONDS if busy else _POLL_IDLE_SECONDS)
+
+    def _exchange(self, asks: list[_Ask]) -> None:
+        members = self._members()
+        self._link.admit(members)
+        online = self._link.online()
+        now = time.monotonic()
+        for ask in asks:
+            if ask.site in online:
+                ask.absent_since = None
+            elif ask.absent_since is None:
+                ask.absent_since = now
+        due = [a for a in asks if not a.identifier and a.site in online and a.site in members]
+        if due:
+            copies = [_addressed(a.message, online[a.site]) for a in due]
+            for ask, identifier in zip(due, self._link.push(copies), strict=True):
+                ask.identifier = identifier or ""
+            self._busy_until = now + _BUSY_SECONDS
+        by_identifier = {a.identifier: a for a in asks if a.identifier and a.arrived is None}
+        for arrived in self._link.answers({*by_identifier, *self._stale}):
+            self._take(arrived, by_identifier)
+            self._busy_until = now + _BUSY_SECONDS
+        missing = {a.site: time.time() - (now - a.since) for a in asks if a.arrived is None}
+        self._watcher.waiting(missing, sorted(online))
+
+    def _take(self, arrived: Arrived, asks: Mapping[str, _Ask]) -> None:
+        about = arrived.head.metadata.reply_to_message_id
+        gone = arrived.head.has_error() and arrived.head.error.code in GONE
+        if about in self._stale:
+            missed = self._stale.pop(about)
+            self._link.forget(arrived)
+            asked = missed.message.metadata
+            if asked.message_type == "train" and not arrived.head.has_error():
+                self._late.append((missed.site, int(asked.group_id)))
+            return
+        ask = asks.get(about)
+        if ask is None:
+            return
+        if gone:
+            log.info("site %s: %s; asking again", ask.site, arrived.head.error.reason)
+            ask.identifier = ""
+        else:
+            ask.arrived = arrived
+
+    def _fetch(self, ask: _Ask) -> Message | None:
+        """The answer under the site's own number, or None when there is none."""
+        if ask.arrived is None:
+            return None
+        try:
+            message = self._link.fetch(ask.arrived)
+        except LinkLostError as error:
+            log.warning("site %s: its answer was lost (%s); asking again", ask.site, error)
+            ask.arrived, ask.identifier = None, ""
+            return None
+        message.metadata.__dict__["_src_node_id"] = node_of(ask.site)
+        return message
+
+    def _begin_again(self, asks: list[_Ask]) -> None:
+        self._link.open(self._members())
+        self._stale.clear()
+        for ask in asks:
+            ask.identifier, ask.arrived = "", None
+        self._busy_until = time.monotonic() + _BUSY_SECONDS
+
+    # --- the rest of Flower's interface -----------------------------------------------------------
+
+    def set_run(self, run: Run) -> None:
+        """Set the run whose messages this grid carries."""
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        """The run whose messages this grid carries."""
+        return self._run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """A message to one node."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Not offered: sending without waiting would lose what this grid is for."""
+        raise NotImplementedError("use send_and_receive")
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Not offered, as `push_messages`."""
+        raise NotImplementedError("use send_and_receive")
+
+
+def _addressed(message: Message, node: int) -> Message:
+    """A fresh copy for the node's number of today; its arrays are shared, not copied."""
+    about = message.metadata
+    return Message(message.content, node, about.message_type, group_id=about.group_id)

@@ -1,0 +1,92 @@
+"""`uharmony-server start`: SuperLink, the gateway and the rounds, kept alive and ended together.
+
+This parent is not on the network. It alone holds the authority's key: it signs what the gateway
+puts into the folder, and renews certificates before they run out.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+
+from uharmony_model.errors import ConfigError, StoreError
+from uharmony_server.registrar import Registrar
+from uharmony_server.server_folder import ServerFolder
+from uharmony_service.health import Health
+from uharmony_service.loopback import free_port, write_secret
+from uharmony_service.supervision import QUIET, Program, Supervisor
+
+_RENEWAL_SECONDS = 60.0
+
+
+def serve(
+    folder: ServerFolder, *, health_port: int | None = None, say: Callable[[str], None] = print
+) -> int:
+    """Run the study's service until its last round is done or a signal ends it.
+
+    Raises:
+        ConfigError: the study was changed, or another process serves this folder already.
+    """
+    folder.check_study()
+    with only_one(folder):
+        write_secret(folder.superexec_secret)
+        registrar = Registrar(folder)
+        due = 0.0
+
+        def tick(restarts: Mapping[str, int]) -> None:
+            nonlocal due
+            registrar.handle_pending()
+            if time.monotonic() >= due:
+                due = time.monotonic() + _RENEWAL_SECONDS
+                with suppress(StoreError):  # a full disk: the old one is good for a while yet
+                    if folder.renew_certificate():
+                        say("the coordinator's certificate was renewed")
+
+        port = free_port()
+        supervisor = Supervisor(_programs(folder, port), folder.log, on_tick=tick, say=say)
+        with Health(health_port):
+            return supervisor.run()
+
+
+def _programs(folder: ServerFolder, port: int) -> list[Program]:
+    python, where = sys.executable, str(folder.path)
+    environment = {**QUIET, "OMP_NUM_THREADS": "1", "FLWR_HOME": str(folder.run / "flower")}
+    superlink = (
+        "--port", str(port),
+        "--tls", str(folder.loopback_key.parent),
+        "--secret", str(folder.superexec_secret),
+    )  # fmt: skip
+    return [
+        Program("superlink", (python, "-m", "uharmony_server.superlink", *superlink), environment),
+        Program(
+            "gateway", (python, "-m", "uharmony_server.gateway", where, str(port)), environment
+        ),
+        Program(
+            "rounds",
+            (python, "-m", "uharmony_server.coordinator", where, str(port)),
+            environment,
+            main=True,
+        ),
+    ]
+
+
+@contextmanager
+def only_one(folder: ServerFolder) -> Iterator[None]:
+    """Hold the folder's lock; the kernel drops it however this process ends.
+
+    Raises:
+        ConfigError: another process holds it.
+    """
+    descriptor = os.open(folder.run / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(f"{folder.path}: is served by another process already") from None
+    else:
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,54 @@
+"""A thin launcher around Flower's SuperLink: loopback, in memory, behind the service's secret.
+
+SuperLink keeps nothing that is needed after its death: rounds have their own checkpoints, and the
+coordinator registers the sites' keys again. In memory it is also several times faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import flwr.superlink.main as superlink_api
+import uvicorn
+from flwr.superlink.cli import flower_superlink
+
+from uharmony_service.loopback import guarded, read_secret
+from uharmony_service.runtime import require_flower
+from uharmony_service.supervision import end_with_parent
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """`python -m uharmony_server.superlink`: started by the service, not by hand."""
+    end_with_parent()
+    require_flower()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument(
+        "--tls", type=Path, required=True, help="folder of the loopback certificate"
+    )
+    parser.add_argument("--secret", type=Path, required=True)
+    given = parser.parse_args(arguments)
+
+    secret = read_secret(given.secret)
+    create_app = superlink_api.create_app
+    superlink_api.create_app = lambda *a: guarded(create_app(*a), secret)  # type: ignore[assignment,arg-type,return-value]
+    # One line a request would be thousands an hour.
+    run = uvicorn.run
+    uvicorn.run = lambda **settings: run(**{**settings, "access_log": False})
+    certificate = str(given.tls / "loopback.pem")
+    sys.argv = [
+        "flower-superlink", "--isolation", "process",
+        "--host", "127.0.0.1", "--port", str(given.port),
+        "--ssl-ca-certfile", certificate,
+        "--ssl-certfile", certificate,
+        "--ssl-keyfile", str(given.tls / "loopback.key"),
+        "--enable-supernode-auth", "--disable-runtime-dependency-installation",
+    ]  # fmt: skip
+    flower_superlink()
+
+
+if __name__ == "__main__":
+    main()
