@@ -12,8 +12,8 @@ from benchmarks.rows import Row, at_most
 from tests.support.tiny import tiny_study, write_folder
 from uharmony_client.flower_app import make_client_app
 from uharmony_client.local_train import train_round
-from uharmony_client.workbench import initial_local
 from uharmony_model.exchange.partition import Partition
+from uharmony_model.initial import initial_local
 from uharmony_model.networks import build_network
 from uharmony_server.rounds import run_rounds
 from uharmony_simulation.arms import Arm, Machine, SiteOpener, initial_weights

@@ -1,4 +1,4 @@
-"""`uharmony-client --site X`: the service of a site, and everything its people want to know of it."""
+"""`uharmony-client --site X`: the service of a site, and all its people want to know of it."""
 
 from __future__ import annotations
 

@@ -280,7 +280,7 @@ def _keep_receipt(ledger: Ledger, receipt: Receipt) -> None:
         ledger.add_receipt(receipt.seq, receipt.sha256, when)
     except StoreError as error:
         # The round does not depend on it, but somebody should look.
-        log.error("the coordinator has seen another ledger than this one: %s", error)
+        log.warning("the coordinator has seen another ledger than this one: %s", error)
 
 
 def _no_room(error: Exception) -> bool:

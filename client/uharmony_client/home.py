@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from uharmony_client.joining import Identity
+from uharmony_client.identity import Identity
 from uharmony_client.site_config import SiteConfig, load_site
 from uharmony_model.errors import ConfigError
 from uharmony_model.exchange.joining import Membership

@@ -1,4 +1,4 @@
-"""Leaving a study: the coordinator shuts the site out, and what was the study's own can be erased."""
+"""Leaving a study: the coordinator shuts the site out; what was the study's own can be erased."""
 
 from __future__ import annotations
 

@@ -7,12 +7,14 @@ store: a round that is stored is sent again, one that is not goes on from its st
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import time
 from collections.abc import Sequence
 
 import torch
 
+from uharmony_client.check import run_check
 from uharmony_client.executor import execute_tasks
 from uharmony_client.flower_app import Listeners, make_client_app
 from uharmony_client.home import Home
@@ -21,13 +23,17 @@ from uharmony_client.outgoing import Outgoing
 from uharmony_client.policy import require_allowed
 from uharmony_client.site import Site
 from uharmony_client.site_board import SiteBoard, SiteBoardWriter
+from uharmony_client.site_config import SiteConfig
 from uharmony_model.allocator import keep_freed_pages
+from uharmony_model.errors import DataError
+from uharmony_model.study import Study
 from uharmony_service.command_line import run_process
 from uharmony_service.keys import load_ledger_key
 from uharmony_service.loopback import read_secret
 from uharmony_service.runtime import require_flower
 from uharmony_service.supervision import end_with_parent
 
+log = logging.getLogger(__name__)
 _DELIVERY_SECONDS = 2.0
 
 
@@ -50,7 +56,7 @@ def work(home: Home, port: int) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     torch.set_num_threads(config.resources.threads or cores or 1)
 
-    site = Site.open(config, study)
+    site = _open(config, study)
     board.change(cases=len(site.table.cases), quarantined=site.quarantined)
     ledger = Ledger(home.ledger, load_ledger_key(home.identity.ledger_key))
     outgoing = Outgoing(ledger, config.policy, to=membership.address)
@@ -71,6 +77,17 @@ def work(home: Home, port: int) -> None:
     )
     time.sleep(_DELIVERY_SECONDS)  # the SuperNode still has the last answer to hand on
     board.change(state="finished")
+
+
+def _open(config: SiteConfig, study: Study) -> Site:
+    """The site; if a case cannot be used, the doctor is asked which, and the others are opened."""
+    try:
+        return Site.open(config, study)
+    except DataError as error:
+        log.warning("%s; looking at all cases, to go on without those that are refused", error)
+    report = run_check(config, study)
+    log.warning("%d of %d cases are in quarantine", report.quarantined, len(report.cases))
+    return Site.open(config, study)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -30,21 +30,28 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.proto.fleet_pb2 import DeactivateNodeRequest
 from flwr.supercore.date import now as local_now
+from flwr.supercore.inflatable.inflatable_utils import pull_objects
 from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
 from flwr.supernode.cli.flower_supernode import flower_supernode
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from uharmony_client.joining import clock_offset
 from uharmony_model.atomic import write_atomic
-from uharmony_model.errors import ExchangeError
+from uharmony_model.errors import ConfigError, ExchangeError
 from uharmony_service.loopback import guarded, read_secret
-from uharmony_service.runtime import OBJECT_POLL_SECONDS, require_flower
+from uharmony_service.runtime import FLOWER, OBJECT_POLL_SECONDS, require_flower
 from uharmony_service.supervision import end_with_parent
 
-HEARTBEAT_SECONDS = 10.0
+HEARTBEAT_SECONDS = 10
 LONGEST_RETRY_SECONDS = 5
 TAKEOVER_GAP_SECONDS = 1.0  # long enough for the coordinator to see that the old node is gone
 _CLOCK_TOLERANCE_SECONDS = 2.0
+_PULLING: dict[str, Any] = {
+    "initial_backoff": OBJECT_POLL_SECONDS,
+    "backoff_cap": 1.0,
+    "max_tries_per_object": None,
+    "max_time": 600,
+}
 _SHORT, _LONG, _BUSY_SECONDS = 0.05, 1.0, 30.0
 
 
@@ -90,7 +97,7 @@ def _client_class(certificates: Certificates) -> type[FleetHttpClient]:
         """Flower's Fleet client with our TLS context and without proxies from the environment."""
 
         @classmethod
-        def from_server_address(  # type: ignore[no-untyped-def,override]
+        def from_server_address(  # type: ignore[no-untyped-def]
             cls, server_address, insecure, root_certificates, interceptors, *, retry_invoker=None
         ):
             client = cls(
@@ -133,10 +140,10 @@ def _take_over(
         RuntimeVersionHttpInterceptor(component_name="SuperNode"),
         node_auth.NodeAuthHttpInterceptor(key, key.public_key()),
     ]
-    with client_class.from_server_address(address, False, None, interceptors) as client:
-        with suppress(httpx.HTTPError, ValueError):
-            client.DeactivateNode(DeactivateNodeRequest(node_id=int(record.read_text())))
-            time.sleep(TAKEOVER_GAP_SECONDS)
+    client = client_class.from_server_address(address, False, None, interceptors)
+    with client, suppress(httpx.HTTPError, ValueError):
+        client.DeactivateNode(DeactivateNodeRequest(node_id=int(record.read_text())))
+        time.sleep(TAKEOVER_GAP_SECONDS)
 
 
 def _clock_offset(identity: Path, address: str) -> float:
@@ -172,24 +179,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def coordinator_now() -> datetime:
         return local_now() + offset
 
-    node_auth.now = coordinator_now
-    connection.FleetHttpClient = client_class  # type: ignore[misc]
-    connection.HEARTBEAT_DEFAULT_INTERVAL = HEARTBEAT_SECONDS
-    heartbeat.HEARTBEAT_DEFAULT_INTERVAL = HEARTBEAT_SECONDS
-    http_retry.MAX_RETRY_DELAY = LONGEST_RETRY_SECONDS
-    main_loop.time = Waits()  # type: ignore[assignment]
-    main_loop.pull_objects = partial(
-        main_loop.pull_objects,
-        initial_backoff=OBJECT_POLL_SECONDS,
-        backoff_cap=1.0,
-        max_tries_per_object=None,
-        max_time=600,
-    )
-    main_loop.http_request_response = _remembering(
-        main_loop.http_request_response, given.run / "node"
-    )
     create_app = runtime_api.create_app
-    runtime_api.create_app = lambda **k: guarded(create_app(**k), secret)  # type: ignore[assignment,arg-type,return-value]
+    for module, name, replacement in (
+        (node_auth, "now", coordinator_now),
+        (connection, "FleetHttpClient", client_class),
+        (connection, "HEARTBEAT_DEFAULT_INTERVAL", HEARTBEAT_SECONDS),
+        (heartbeat, "HEARTBEAT_DEFAULT_INTERVAL", HEARTBEAT_SECONDS),
+        (http_retry, "MAX_RETRY_DELAY", LONGEST_RETRY_SECONDS),
+        (main_loop, "time", Waits()),
+        (main_loop, "pull_objects", partial(pull_objects, **_PULLING)),
+        (
+            main_loop,
+            "http_request_response",
+            _remembering(connection.http_request_response, given.run / "node"),
+        ),
+        (runtime_api, "create_app", lambda **k: guarded(create_app(**k), secret)),
+    ):
+        if not hasattr(module, name):
+            raise ConfigError(f"flwr {FLOWER} has no {module.__name__}.{name}; install it anew")
+        setattr(module, name, replacement)
 
     key = load_ssh_private_key((identity / "node.key").read_bytes(), None)
     if not isinstance(key, ec.EllipticCurvePrivateKey):

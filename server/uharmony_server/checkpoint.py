@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from uharmony_model.atomic import (
+    make_directory,
     recover,
     remove_directory,
     replace_directory,
@@ -122,7 +123,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
         )
         text = canonical_json(_Sealed(sha256=_seal(state), state=state))
         tensors = unflatten(checkpoint.global_, checkpoint.schema)
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_directory(folder)
     except (OSError, ValueError, ExchangeError) as error:
         raise StoreError(f"{folder}: checkpoint not written: {_line(error)}") from error
     final = folder / f"round-{checkpoint.round:06d}"

@@ -91,16 +91,8 @@ class LinkSession:
         """
         self.close()
         end = time.monotonic() + _RESTART_SECONDS
-        while True:
-            try:
-                self._begin()
-                self.nodes = {}
-                self.admit(members)
-                return
-            except (httpx.HTTPError, ClaimLostError, LinkLostError) as error:
-                if time.monotonic() > end:
-                    raise LinkLostError(f"SuperLink does not come up: {error}") from error
-                time.sleep(0.2)
+        while not self._opened(members, last=time.monotonic() > end):
+            time.sleep(0.2)
 
     def close(self) -> None:
         """End the heartbeat and the connection."""
@@ -188,6 +180,17 @@ class LinkSession:
                 message_object_id=arrived.head.metadata.message_id,
             )
         )
+
+    def _opened(self, members: Mapping[str, bytes], *, last: bool) -> bool:
+        try:
+            self._begin()
+            self.nodes = {}
+            self.admit(members)
+        except (httpx.HTTPError, ClaimLostError, LinkLostError) as error:
+            if last:
+                raise LinkLostError(f"SuperLink does not come up: {error}") from error
+            return False
+        return True
 
     def _begin(self) -> None:
         bundle = _stub_bundle()

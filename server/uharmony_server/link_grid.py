@@ -83,7 +83,7 @@ class LinkGrid(Grid):
         self._late: list[tuple[str, int]] = []
         self._busy_until = 0.0
 
-    # --- what a strategy uses ----------------------------------------------------------------------
+    # --- what a strategy uses --------------------------------------------------------------------
 
     def get_node_ids(self) -> Iterable[int]:
         """Every member, connected or not."""

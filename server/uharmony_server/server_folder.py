@@ -45,7 +45,8 @@ class ServerConfig(Frozen):
 
     `address` is what sites are told, `listen` and `port` what is opened here; without `port` it
     is the one of the address. A round closes after `deadline_minutes` with whoever has answered;
-    a site that has been away for `absent_minutes` is not waited for (None: without end). Rates are per second; those before authentication count per address
+    a site that has been away for `absent_minutes` is not waited for (None: without end). Rates are
+    per second; those before authentication count per address
     of a caller, those after it per site.
     """
 

@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     secret = read_secret(given.secret)
     create_app = superlink_api.create_app
-    superlink_api.create_app = lambda *a: guarded(create_app(*a), secret)  # type: ignore[assignment,arg-type,return-value]
+    superlink_api.create_app = lambda *a: guarded(create_app(*a), secret)  # type: ignore[assignment]
     # One line a request would be thousands an hour.
     run = uvicorn.run
     uvicorn.run = lambda **settings: run(**{**settings, "access_log": False})

@@ -18,7 +18,7 @@ from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 
 from uharmony_model.atomic import write_atomic
 
-SECRET_HEADER = "x-uharmony-secret"
+SECRET_HEADER = "x-uharmony-secret"  # noqa: S105 - the name of a header
 
 Scope = MutableMapping[str, Any]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]

@@ -230,4 +230,4 @@ class Claim:
                 self.lost.set()
                 return
             except (httpx.HTTPError, RuntimeError):
-                continue  # the other side is away; requests of the task itself find out for how long
+                continue  # the other side is away; the task's own requests find out how long

@@ -18,6 +18,7 @@ from uharmony_model.participation import load
 from uharmony_server.summary import summary_table
 from uharmony_service.command_line import run as run_command
 from uharmony_simulation.arms import Machine
+from uharmony_simulation.compare import compare
 from uharmony_simulation.progress import make_progress
 from uharmony_simulation.run import run_study
 
@@ -41,11 +42,6 @@ class Output(StrEnum):
     auto = "auto"
     text = "text"
     json = "json"
-
-
-@app.callback()
-def _root() -> None:
-    """Keep `run` a subcommand while it is the only one."""
 
 
 @app.command()
@@ -109,6 +105,37 @@ def run(
     console.print(
         f"results  {out / 'results.json'}\nreport   {out / 'report.html'}", highlight=False
     )
+
+
+@app.command()
+def deployed(
+    study: Annotated[Path, typer.Argument(help="study.yaml with a simulation: section")],
+    out: Annotated[Path, typer.Option(help="folder for both runs")],
+    data: Annotated[
+        Path | None, typer.Option(help="folder of volumes, for studies that read one")
+    ] = None,
+    output: Annotated[
+        Output, typer.Option(help="auto: bars on a terminal, else JSON lines")
+    ] = Output.auto,
+) -> None:
+    """Run a study in one process and as real processes over TLS; both must agree to the bit.
+
+    Run again, it goes on where it stopped. Exit code 1 when the final weights differ.
+    """
+    keep_freed_pages()
+    torch.set_num_threads(1)
+    console = Console()
+    with make_progress(console, output.value) as progress:
+        found = compare(
+            study, out, data=data, progress=progress, say=lambda text: print(text, flush=True)
+        )
+    console.print(summary_table(found.records))
+    console.print(f"report      {found.report}", highlight=False, soft_wrap=True)
+    console.print(f"in process  {found.inprocess}", highlight=False, soft_wrap=True)
+    console.print(f"deployed    {found.deployed}", highlight=False, soft_wrap=True)
+    console.print("identical to the last bit" if found.identical else "NOT IDENTICAL")
+    if not found.identical:
+        raise typer.Exit(1)
 
 
 def main() -> None:

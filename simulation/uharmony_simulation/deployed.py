@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
@@ -34,7 +36,8 @@ class Deployment:
     ) -> None:
         """`sites` maps names to site.yaml files; their data are used, their stores are not."""
         self.folder, self.study, self.names = folder, study, sorted(sites)
-        self.server, self.port = folder / "coordinator", free_port()
+        self.server = folder / "coordinator"
+        self.port = self._known_port() or free_port()
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         folder.mkdir(parents=True, exist_ok=True)
         self._environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
@@ -49,7 +52,7 @@ class Deployment:
         """The deployed site's own folder."""
         return self.folder / "sites" / name / "store"
 
-    # --- what people do ----------------------------------------------------------------------------
+    # --- what people do --------------------------------------------------------------------------
 
     def init(self, **settings: object) -> None:
         """Make the coordinator's folder; `settings` go into server.yaml."""
@@ -102,11 +105,24 @@ class Deployment:
         )
         return found
 
-    # --- waiting and ending ------------------------------------------------------------------------
+    def finished(self) -> bool:
+        """Whether the study has come to its end, in this or an earlier run."""
+        board = self.server / "run" / "status.json"
+        return board.is_file() and json.loads(board.read_bytes())["state"] == "finished"
+
+    def await_sites(self, seconds: float = 30.0) -> None:
+        """Wait until the sites' services have ended by themselves, as they do after the study."""
+        end = time.monotonic() + seconds
+        for name in self.names:
+            process = self.processes.get(name)
+            if process is not None:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(max(0.1, end - time.monotonic()))
+
+    # --- waiting and ending ----------------------------------------------------------------------
 
     def await_gateway(self, seconds: float = 60.0) -> None:
         """Wait until the public port takes connections."""
-        import socket
 
         def open_() -> bool:
             with socket.socket() as probe:
@@ -177,7 +193,7 @@ class Deployment:
         kill_tree(process.pid)
         process.wait()
 
-    # --- parts -------------------------------------------------------------------------------------
+    # --- parts -----------------------------------------------------------------------------------
 
     def call(self, module: str, *arguments: str) -> str:
         """Run a command to its end and give what it printed.
@@ -196,6 +212,12 @@ class Deployment:
         if done.returncode:
             raise UHarmonyError(f"{module} {arguments[0]}: {done.stderr.strip()[-500:]}")
         return done.stdout
+
+    def _known_port(self) -> int:
+        source = self.server / "server.yaml"
+        if not source.is_file():
+            return 0
+        return int(str(yaml.safe_load(source.read_text())["address"]).rpartition(":")[2])
 
     def _start(
         self, name: str, module: str, *arguments: str, more: Mapping[str, str] | None = None

@@ -103,6 +103,7 @@ def test_an_instruction_has_this_text():
         "action": "evaluate",
         "base": BASE,
         "final": True,
+        "receipt": None,
         "round": 7,
         "splits": ["validation", "test"],
         "study": STUDY,

@@ -301,7 +301,8 @@ def test_smuggled_second_request_is_judged_like_any_other(scene: Scene):
 
 def pushed(node: int, *senders: int) -> bytes:
     messages = [Message(metadata=Metadata(src_node_id=sender)) for sender in senders]
-    return PushMessagesRequest(node=Node(node_id=node), messages_list=messages).SerializeToString()
+    request = PushMessagesRequest(node=Node(node_id=node), messages_list=messages)
+    return bytes(request.SerializeToString())
 
 
 def test_messages_must_come_from_the_node_that_pushes(scene: Scene):

@@ -12,8 +12,8 @@ import pytest
 import yaml
 from typer import Typer
 
-from uharmony_service.command_line import run
 from uharmony_model.study import Study
+from uharmony_service.command_line import run
 from uharmony_simulation.app import app as simulation
 
 CASES = {"alpha": 5, "beta": 4, "gamma": 4}

@@ -6,8 +6,8 @@ from typing import Annotated
 import pytest
 import typer
 
-from uharmony_service.command_line import one_line, run
 from uharmony_model.errors import ConfigError, DataError, NetworkError, StoreError, UHarmonyError
+from uharmony_service.command_line import one_line, run
 
 
 def app_that(action):

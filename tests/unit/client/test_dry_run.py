@@ -6,6 +6,7 @@ import hashlib
 import json
 import socket
 import ssl
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -40,7 +41,7 @@ def opened(data, tmp_path, study=STUDY, **policy):
     return Site.open(config, study)
 
 
-def first_round(site) -> tuple[bytes, Partition, dict]:
+def first_round(site) -> tuple[bytes, Partition, dict[str, Any]]:
     """The update of round 1, put together as a round is."""
     study = site.study
     schema, base = initial_weights(study)

@@ -13,7 +13,6 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from tests.support.kill import Killed, killed_at
-from uharmony_client import durable_lines
 from uharmony_client.ledger import Ledger, tensor_facts
 from uharmony_client.ledger_check import show, verify
 from uharmony_model.errors import StoreError
@@ -191,7 +190,7 @@ def test_a_full_disk_leaves_the_ledger_as_it_was(tmp_path, monkeypatch, call):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(durable_lines.os, call, full)
+        patch.setattr(os, call, full)
         with pytest.raises(StoreError, match="No space"):
             add(ledger, 2)
     assert (tmp_path / "ledger/ledger.jsonl").read_bytes() == before
@@ -229,8 +228,8 @@ def test_killed_in_the_middle_of_a_line_the_next_start_sets_it_aside(tmp_path, m
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(durable_lines.os, "write", killed)
-        patch.setattr(durable_lines.os, "ftruncate", nothing)
+        patch.setattr(os, "write", killed)
+        patch.setattr(os, "ftruncate", nothing)
         with pytest.raises(Killed):
             add(ledger, 2)
     again = opened(tmp_path)

@@ -33,7 +33,7 @@ def test_the_parts_that_methods_share():
 
 
 def test_each_thing_beyond_the_policy_has_a_line_of_its_own():
-    policy = Policy(share=("backbone",), metrics=("dice", "loss"))
+    policy = Policy(share=(Part.BACKBONE,), metrics=("dice", "loss"))
     lines = differences(
         policy, tiny_study(method="fedavg", evaluation={"metrics": ["dice", "hd95_mm"]})
     )
@@ -43,7 +43,7 @@ def test_each_thing_beyond_the_policy_has_a_line_of_its_own():
 
 
 def test_a_study_that_asks_less_passes_a_narrow_policy():
-    policy = Policy(share=("backbone",), metrics=("dice", "loss"))
+    policy = Policy(share=(Part.BACKBONE,), metrics=("dice", "loss"))
     study = tiny_study(
         method="fedbn", federation={"weighting": "equal"}, evaluation={"metrics": ["dice"]}
     )

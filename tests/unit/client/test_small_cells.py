@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from hypothesis import given
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from tests.support.tiny import tiny_study
 from uharmony_client.evaluate import CaseRow, summarise
 from uharmony_client.policy import Policy
+from uharmony_client.site import Site
 from uharmony_client.small_cells import shown_count, update_values, withheld
 
 COUNTS = st.dictionaries(st.sampled_from("abcdef"), st.integers(1, 40), min_size=1)
@@ -91,7 +93,7 @@ def summary(given_rows, policy=None, **changes):
         study=tiny_study(**changes),
         config=SimpleNamespace(policy=policy or Policy()),
     )
-    return summarise(given_rows, site)
+    return summarise(given_rows, cast("Site", site))
 
 
 def test_a_small_domain_leaves_as_its_threshold_and_nothing_else():

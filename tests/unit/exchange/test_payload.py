@@ -16,6 +16,7 @@ from uharmony_model.errors import PayloadError
 from uharmony_model.exchange.payload import (
     MAX_HEADER_BYTES,
     Kind,
+    Value,
     decode,
     encode,
     max_payload_bytes,
@@ -65,7 +66,12 @@ def test_any_kind_of_buffer_is_read(kind):
 
 
 def test_values_alone_travel_without_a_body():
-    values = {"dice/tumor": 0.25, "hd95_mm/tumor": None, "cases": 3, "whole": 2.0}
+    values: dict[str, Value] = {
+        "dice/tumor": 0.25,
+        "hd95_mm/tumor": None,
+        "cases": 3,
+        "whole": 2.0,
+    }
     values |= {"weight": "equal", "few": "<11", "fewer": "<1", "many": "<9999"}
     sent = made(kind=Kind.METRICS, flat=None, schema=None, values=values)
     manifest, flat = decode(sent, kind=Kind.METRICS, schema=None)

@@ -276,7 +276,8 @@ HALF_HIDDEN = [
 
 def test_a_withheld_domain_is_in_no_mean_and_beside_the_number_of_cases():
     found = score(HALF_HIDDEN)
-    assert (found.mean, found.cases, found.withheld) == (pytest.approx(0.8), 20, "<11")
+    assert found.mean == pytest.approx(0.8)
+    assert (found.cases, found.withheld) == (20, "<11")
     assert found.shown_cases == "20 + <11"
     assert score(HALF_HIDDEN[1:]).shown_cases == "<11"
     assert score(HALF_HIDDEN[:1]).shown_cases == "20"

@@ -153,6 +153,7 @@ def test_what_a_site_withholds_is_shown_as_that_and_is_in_no_mean(tmp_path):
 
 def test_the_charts_name_the_site_that_withholds_and_draw_nothing_for_it():
     dots = dot_chart(site_scores(HIDDEN), ["north", "valley"], ["local", "uharmony"])
+    assert dots is not None
     assert [(row.site, len(row.dots), row.withheld) for row in dots.rows] == [
         ("north", 2, ""),
         ("valley", 0, "<11"),
