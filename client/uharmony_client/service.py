@@ -47,13 +47,14 @@ def serve(home: Home, *, health_port: int | None = None, say: Callable[[str], No
 
         port = free_port()
         supervisor = Supervisor(
-            _programs(home, membership.address, port), home.log, on_tick=tick, say=say
+            programs(home, membership.address, port), home.log, on_tick=tick, say=say
         )
         with Health(health_port):
             return supervisor.run()
 
 
-def _programs(home: Home, address: str, port: int) -> list[Program]:
+def programs(home: Home, address: str, port: int) -> list[Program]:
+    """The SuperNode and the site process, on this loopback port."""
     python = sys.executable
     environment = {**QUIET, "FLWR_HOME": str(home.run / "flower")}
     threads = home.config.resources.threads

@@ -47,12 +47,13 @@ def serve(
                         say("the coordinator's certificate was renewed")
 
         port = free_port()
-        supervisor = Supervisor(_programs(folder, port), folder.log, on_tick=tick, say=say)
+        supervisor = Supervisor(programs(folder, port), folder.log, on_tick=tick, say=say)
         with Health(health_port):
             return supervisor.run()
 
 
-def _programs(folder: ServerFolder, port: int) -> list[Program]:
+def programs(folder: ServerFolder, port: int) -> list[Program]:
+    """SuperLink on this loopback port, the gateway, the rounds."""
     python, where = sys.executable, str(folder.path)
     environment = {**QUIET, "OMP_NUM_THREADS": "1", "FLWR_HOME": str(folder.run / "flower")}
     superlink = (

@@ -4,11 +4,11 @@ import pytest
 
 from tests.support import wire
 from uharmony_model.errors import PayloadError
-from uharmony_model.exchange.instruction import MAX_INSTRUCTION_BYTES, Instruction
+from uharmony_model.exchange.instruction import MAX_INSTRUCTION_BYTES, Instruction, Receipt
 
 TRAIN = Instruction(action="train", study=wire.STUDY, round=4, base=wire.BASE)
 TEXT = (
-    f'{{"action":"train","base":"{wire.BASE}","final":false,"round":4,"splits":[],'
+    f'{{"action":"train","base":"{wire.BASE}","final":false,"receipt":null,"round":4,"splits":[],'
     f'"study":"{wire.STUDY}"}}'
 )
 
@@ -22,6 +22,8 @@ def test_the_text_is_canonical():
     "instruction",
     [
         Instruction(action="hello", study=wire.STUDY, round=0),
+        Instruction(action="finish", study=wire.STUDY, round=9),
+        TRAIN.model_copy(update={"receipt": Receipt(seq=3, sha256=wire.BASE)}),
         Instruction(
             action="evaluate",
             study=wire.STUDY,
