@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 
 def seed_for(seed: int, *where: str | int) -> int:
@@ -33,4 +36,6 @@ def numpy_state(seed: int, *where: str | int) -> np.random.RandomState:
 
 def torch_generator(seed: int, *where: str | int) -> torch.Generator:
     """A torch generator on the CPU for one purpose."""
+    import torch  # a case table draws its splits too, and needs no torch
+
     return torch.Generator().manual_seed(seed_for(seed, *where))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 
+from uharmony_client.site_config import DeviceName
 from uharmony_model.errors import ConfigError
-
-DeviceName = Literal["auto", "cpu", "cuda"]
 
 
 def choose_device(name: str) -> torch.device:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import httpx
 from flwr.app import Context, Message
 from flwr.supercore.constant import TaskType
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
 
 from uharmony_service.runtime import Claim, ClaimLostError, acquire, connect
 
@@ -53,6 +54,6 @@ def _do(app: ClientAppLike, address: str, secret: str, token: str) -> None:
         with Claim(connect(address, secret, component=COMPONENT, token=token)) as claim:
             message = claim.receive()
             claim.answer(app(message, claim.context))
-    except (ClaimLostError, httpx.HTTPError) as error:
+    except (ClaimLostError, ObjectPullError, httpx.HTTPError) as error:
         # The work is in the site's store: asked again, it is sent again.
         log.warning("an answer could not be handed over (%s); waiting to be asked again", error)

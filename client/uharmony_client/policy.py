@@ -7,16 +7,19 @@ are the site's own: no study can widen them.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Annotated, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 from pydantic import Field, PositiveFloat, field_validator
-from torch import Tensor
 
 from uharmony_model.errors import ConfigError, ExchangeError
-from uharmony_model.exchange.payload import Value
 from uharmony_model.frozen import Frozen
 from uharmony_model.methods import RESIDUALS, Part
 from uharmony_model.study import METRICS, Metric, Study
+
+if TYPE_CHECKING:  # a command that only reads site.yaml need not load torch
+    from torch import Tensor
+
+    from uharmony_model.exchange.payload import Value
 
 CASES, LOSS, N_CASES = "cases", "loss", "n_cases"
 STARTED_FROM = "started_from"  # the number of a round: bookkeeping, nothing about patients

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
 from uharmony_client.case_table import CaseTable
-from uharmony_client.device import DeviceName
 from uharmony_client.nifti import MAX_VOXELS
 from uharmony_client.policy import Policy
 from uharmony_client.readers import read_cases
@@ -16,6 +15,7 @@ from uharmony_model.errors import ConfigError, DataError
 from uharmony_model.frozen import Frozen, parse, read_yaml
 from uharmony_model.study import Name, Task
 
+DeviceName = Literal["auto", "cpu", "cuda"]
 LabelValue = Annotated[int, Field(ge=0, le=65535)]
 StudyValue = Annotated[int, Field(ge=0, le=255)]
 

@@ -28,12 +28,14 @@ import flwr.supernode.start_client_internal as main_loop
 import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+from flwr.common.constant import Status, SubStatus
 from flwr.proto.fleet_pb2 import DeactivateNodeRequest
 from flwr.supercore.date import now as local_now
 from flwr.supercore.inflatable.inflatable_utils import pull_objects
 from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
 from flwr.supernode.cli.flower_supernode import flower_supernode
 from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.nodestate import NodeState
 
 from uharmony_client.joining import clock_offset
 from uharmony_model.atomic import write_atomic
@@ -130,6 +132,25 @@ def _remembering(request_response: Callable[..., Any], record: Path) -> Callable
     return wrapped
 
 
+def _tidy(pull: Callable[..., Any]) -> Callable[..., Any]:
+    """Drop what a message left behind whose run ended while it was received.
+
+    Flower leaves its task open; the executor would wait for its weights for minutes.
+    """
+
+    def wrapped(*, state: NodeState, **kwargs: Any) -> Any:
+        run = pull(state=state, **kwargs)
+        if run is None:  # nothing is under way: one message is handled at a time
+            open_tasks = state.get_tasks(statuses=[Status.PENDING, Status.STARTING, Status.RUNNING])
+            for task in open_tasks:
+                state.finish_task(task.task_id, sub_status=SubStatus.FAILED, details="run ended")
+            if open_tasks:
+                state.delete_messages()
+        return run
+
+    return wrapped
+
+
 def _take_over(
     client_class: type[FleetHttpClient], address: str, key: ec.EllipticCurvePrivateKey, record: Path
 ) -> None:
@@ -188,6 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         (http_retry, "MAX_RETRY_DELAY", LONGEST_RETRY_SECONDS),
         (main_loop, "time", Waits()),
         (main_loop, "pull_objects", partial(pull_objects, **_PULLING)),
+        (main_loop, "_pull_and_store_message", _tidy(main_loop._pull_and_store_message)),
         (
             main_loop,
             "http_request_response",

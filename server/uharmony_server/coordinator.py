@@ -19,7 +19,7 @@ from uharmony_model.errors import QuorumError
 from uharmony_model.initial import initial_weights
 from uharmony_model.participation import Participation, dump
 from uharmony_server.board import Board, BoardWriter
-from uharmony_server.checkpoint import Checkpoint
+from uharmony_server.checkpoint import Checkpoint, read_latest
 from uharmony_server.link import LinkSession
 from uharmony_server.link_grid import LinkGrid, Waiting
 from uharmony_server.publish import publish
@@ -101,6 +101,9 @@ def coordinate(folder: ServerFolder, port: int) -> Checkpoint:
         time.sleep(_ASK_AGAIN_SECONDS)
 
     schema, initial = initial_weights(study)
+    known = read_latest(folder.rounds, study.digest, schema)
+    if known is not None:
+        board.round_done(known)
     board.change(state="gathering")
     link.open(members())
     state = run_rounds(

@@ -20,9 +20,16 @@ from typing import Any
 import httpx
 from flwr.app import Message
 from flwr.app.message import make_message, remove_content_from_message
-from flwr.common.constant import SUPERLINK_NODE_ID
+from flwr.common.constant import SUPERLINK_NODE_ID, Status
 from flwr.common.serde import message_from_proto, message_to_proto
-from flwr.proto.control_pb2 import RegisterNodeRequest, StartRunRequest, UnregisterNodeRequest
+from flwr.proto.control_pb2 import (
+    ListNodesRequest,
+    ListRunsRequest,
+    RegisterNodeRequest,
+    StartRunRequest,
+    StopRunRequest,
+    UnregisterNodeRequest,
+)
 from flwr.proto.fab_pb2 import Fab
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree
 from flwr.proto.node_pb2 import Node
@@ -183,14 +190,23 @@ class LinkSession:
 
     def _opened(self, members: Mapping[str, bytes], *, last: bool) -> bool:
         try:
+            self._stop_earlier_runs()
             self._begin()
-            self.nodes = {}
+            # Killed and started again, we meet a SuperLink that knows the keys already.
+            known = {n.public_key: n.node_id for n in self._control(ListNodesRequest()).nodes_info}
+            self.nodes = {site: known[key] for site, key in members.items() if key in known}
             self.admit(members)
         except (httpx.HTTPError, ClaimLostError, LinkLostError) as error:
             if last:
                 raise LinkLostError(f"SuperLink does not come up: {error}") from error
             return False
         return True
+
+    def _stop_earlier_runs(self) -> None:
+        """A predecessor's runs: their messages and objects are of no use to anybody."""
+        for run_id, run in self._control(ListRunsRequest()).run_dict.items():
+            if run.status.status != Status.FINISHED:
+                self._control(StopRunRequest(run_id=run_id))
 
     def _begin(self) -> None:
         bundle = _stub_bundle()

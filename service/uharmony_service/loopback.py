@@ -11,12 +11,13 @@ import secrets
 import socket
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
-from typing import Any
-
-import httpx
-from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
+from typing import TYPE_CHECKING, Any
 
 from uharmony_model.atomic import write_atomic
+
+if TYPE_CHECKING:  # services that only draw the secret need no Flower
+    import httpx
+    from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 
 SECRET_HEADER = "x-uharmony-secret"  # noqa: S105 - the name of a header
 
