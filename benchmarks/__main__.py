@@ -1,4 +1,7 @@
-"""Run the benchmarks and print a table, then one JSON line a row."""
+"""Run the benchmarks and print a table, then one JSON line a row.
+
+`hostile` and `fuzz` are commands of their own: `python -m benchmarks fuzz --help`.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,24 @@ from rich.table import Table
 from benchmarks.rows import Row
 from uharmony_model.allocator import keep_freed_pages
 
-PARTS = ("layer", "network", "aggregation", "empty_round", "sites", "local_rounds", "data")
+PARTS = (
+    "layer",
+    "network",
+    "aggregation",
+    "empty_round",
+    "sites",
+    "local_rounds",
+    "data",
+    "deployed_round",
+)
+COMMANDS = ("hostile", "fuzz")
 
 
 def main() -> int:
     """0 when every goal is met, 1 when one is missed."""
+    if sys.argv[1:2] and sys.argv[1] in COMMANDS:
+        found: int = importlib.import_module(f"benchmarks.{sys.argv[1]}").main(sys.argv[2:])
+        return found
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("parts", nargs="*", choices=[[], *PARTS], help="all when left out")
     parser.add_argument("--threads", type=int, default=os.cpu_count())

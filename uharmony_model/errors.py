@@ -11,8 +11,8 @@
     |- NetworkError          7   a backbone that cannot be built or harmonised
     `- TrainingError         8   a round that cannot be trained
 
-130 is an interruption by the user; `check` ends with 10 for warnings and 11 for errors. A message says what is wrong, what was got, what was
-expected and what to do; it stands on one line.
+130 is an interruption by the user; `check` ends with 10 for warnings and 11 for errors. A message
+says what is wrong, what was got, what was expected and what to do; it stands on one line.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from pydantic import ValidationError
 
-from uharmony_model.atomic import write_atomic
+from uharmony_model.atomic import make_directory, write_atomic
 from uharmony_model.errors import ExchangeError, StoreError
 from uharmony_model.exchange.canonical import canonical_json
 from uharmony_model.exchange.joining import (
@@ -91,7 +91,7 @@ class Identity:
             StoreError: the folder cannot be written.
         """
         try:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_directory(self.folder)
             self.folder.chmod(0o700)
         except OSError as error:
             raise StoreError(f"{self.folder}: cannot be made: {error.strerror}") from error

@@ -13,10 +13,21 @@ from uharmony_model.errors import ExchangeError
 def leave(home: Home, *, purge: bool) -> Iterator[str]:
     """End the membership, and say line by line what was done. The ledger always stays.
 
+    A site that has left already may still purge what it kept.
+
     Raises:
-        ConfigError: the site has not joined.
+        ConfigError: the site has not joined, and nothing is to be purged.
         StoreError: something cannot be removed.
     """
+    if home.joined or not purge:
+        yield from _end_membership(home)
+    if purge:
+        for name in ("generations", "models", "alone", "evaluations"):
+            remove_directory(home.config.store / name)
+        yield "generations, models and evaluations are removed"
+
+
+def _end_membership(home: Home) -> Iterator[str]:
     member = home.membership()
     try:
         tell_coordinator(home.identity, member.address)
@@ -29,8 +40,3 @@ def leave(home: Home, *, purge: bool) -> Iterator[str]:
     for path in (home.identity.tls_key, home.identity.certificate, home.identity.node_key):
         path.unlink(missing_ok=True)
     yield "certificate and keys of the membership are removed; the ledger and its key stay"
-    if purge:
-        for name in ("generations", "models", "alone", "evaluations"):
-            folder = home.config.store / name / member.study
-            remove_directory(folder)
-        yield "generations, models and evaluations of this study are removed"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 
 from uharmony_client.home import Home
 from uharmony_client.joining import renew
-from uharmony_model.errors import ExchangeError
+from uharmony_model.errors import ExchangeError, StoreError
 from uharmony_service.health import Health
 from uharmony_service.loopback import free_port, write_secret
 from uharmony_service.supervision import QUIET, Program, Supervisor
@@ -42,7 +42,7 @@ def serve(home: Home, *, health_port: int | None = None, say: Callable[[str], No
                 if home.identity.needs_renewal():
                     renew(home.identity, membership.address)
                     say("the site's certificate was renewed")
-            except ExchangeError as error:
+            except (ExchangeError, StoreError) as error:  # a full disk passes; it is tried again
                 say(f"the certificate was not renewed: {error}")
 
         port = free_port()

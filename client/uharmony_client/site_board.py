@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
 from pydantic import NonNegativeInt, ValidationError
 
 from uharmony_model.atomic import write_atomic
+from uharmony_model.errors import StoreError
 from uharmony_model.exchange.instruction import Instruction
 from uharmony_model.frozen import Frozen
 
@@ -68,7 +70,8 @@ class SiteBoardWriter:
     def _write(self) -> None:
         self._written = time.time()
         board = self._board.model_copy(update={"updated": self._written})
-        write_atomic(self._path, json.dumps(board.model_dump(mode="json")).encode())
+        with suppress(StoreError):  # a full disk must not end the work for the sake of `status`
+            write_atomic(self._path, json.dumps(board.model_dump(mode="json")).encode())
 
 
 def read_site_board(path: Path) -> SiteBoard | None:

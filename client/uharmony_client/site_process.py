@@ -34,7 +34,7 @@ from uharmony_service.runtime import require_flower
 from uharmony_service.supervision import end_with_parent
 
 log = logging.getLogger(__name__)
-_DELIVERY_SECONDS = 2.0
+_DELIVERY_SECONDS = 5.0
 
 
 def work(home: Home, port: int) -> None:

@@ -33,7 +33,7 @@ from uharmony_client.case_table import Case
 from uharmony_client.grids import Grid
 from uharmony_client.site_config import SiteConfig
 from uharmony_client.site_data import Volume, channel_modalities, prepare
-from uharmony_model.atomic import remove_directory, temporary_directory
+from uharmony_model.atomic import make_directory, remove_directory, temporary_directory
 from uharmony_model.errors import DataError, StoreError
 from uharmony_model.frozen import Frozen
 from uharmony_model.randomness import numpy_generator
@@ -95,7 +95,7 @@ class VolumeStore:
         self.folder = folder
         self._on_build = on_build
         with _store_error(folder):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_directory(folder)
             self._remove_leftovers()
 
     def open(self, case: Case, task: Task, config: SiteConfig) -> StoredVolume:

@@ -80,6 +80,7 @@ def start(
     from uharmony_server.service import serve
 
     opened = ServerFolder.open(folder)
+    opened.check_study()
     print(
         f"serving study {opened.study.name} on {opened.config.listen}:{opened.config.listen_port}; "
         f"logs in {opened.log}",

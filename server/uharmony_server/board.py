@@ -6,12 +6,14 @@ import json
 import threading
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, ValidationError
 
 from uharmony_model.atomic import write_atomic
+from uharmony_model.errors import StoreError
 from uharmony_model.frozen import Frozen
 from uharmony_server.admission import Refusal
 from uharmony_server.checkpoint import Checkpoint
@@ -80,7 +82,8 @@ class BoardWriter:
     def _write(self) -> None:
         self._written = time.time()
         board = self._board.model_copy(update={"updated": self._written})
-        write_atomic(self._path, json.dumps(board.model_dump(mode="json")).encode())
+        with suppress(StoreError):  # a full disk must not end the work for the sake of `status`
+            write_atomic(self._path, json.dumps(board.model_dump(mode="json")).encode())
 
 
 def read_board(path: Path) -> Board | None:

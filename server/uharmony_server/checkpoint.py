@@ -124,7 +124,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
         text = canonical_json(_Sealed(sha256=_seal(state), state=state))
         tensors = unflatten(checkpoint.global_, checkpoint.schema)
         make_directory(folder)
-    except (OSError, ValueError, ExchangeError) as error:
+    except (OSError, ValueError, ExchangeError, StoreError) as error:
         raise StoreError(f"{folder}: checkpoint not written: {_line(error)}") from error
     final = folder / f"round-{checkpoint.round:06d}"
     temporary = temporary_directory(final)

@@ -114,6 +114,9 @@ class LinkGrid(Grid):
             if ask.arrived is None and not self._given_up(ask, end):
                 self._turn(asks[settled:])
                 continue
+            if ask.site not in self._members():
+                settled += 1  # revoked: what it sent is not even read
+                continue
             message = self._fetch(ask)
             if message is None and ask.arrived is None and not self._given_up(ask, end):
                 continue  # SuperLink went away while it was fetched: ask again

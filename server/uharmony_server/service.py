@@ -39,7 +39,8 @@ def serve(
 
         def tick(restarts: Mapping[str, int]) -> None:
             nonlocal due
-            registrar.handle_pending()
+            with suppress(StoreError):  # a full disk: the request stays and is answered later
+                registrar.handle_pending()
             if time.monotonic() >= due:
                 due = time.monotonic() + _RENEWAL_SECONDS
                 with suppress(StoreError):  # a full disk: the old one is good for a while yet

@@ -148,6 +148,7 @@ class HarmonyStrategy(Strategy):
             if len(group) == GROUP:
                 self._add(total, group)
         self._add(total, group)
+        self._require_members(server_round, admitted)
         self._require_quorum(server_round, admitted)
         weights = total.apply(self.state.global_)
         if not math.isfinite(float(weights.abs().sum(dtype=torch.float64))):
@@ -319,6 +320,21 @@ class HarmonyStrategy(Strategy):
                 f"round {round_}: {len(admitted)} sites with {cases} cases were admitted, the "
                 f"study needs {need.min_sites} sites and {need.min_cases} cases "
                 f"({reasons or 'no answers'})"
+            )
+
+    def _require_members(self, round_: int, admitted: Mapping[str, object]) -> None:
+        """A site that was shut out while the sum was made must not be in it: ask the others again.
+
+        Raises:
+            QuorumError: the sum holds the update of a site that is no member any more.
+        """
+        if self._certified is None:
+            return
+        gone = sorted(s for n, s in self.nodes.items() if s in admitted and not self._named(n))
+        if gone:
+            raise QuorumError(
+                f"round {round_}: {', '.join(gone)} was revoked while the round was summed; "
+                "it is asked again without"
             )
 
     def _messages(self, order: Instruction, kind: str, arrays: ArrayRecord) -> Iterator[Message]:

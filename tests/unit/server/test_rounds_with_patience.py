@@ -1,0 +1,193 @@
+"""Rounds among real institutions: certificates, hidden weights, late and missing sites."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from tests.support.fake_sites import BASE, CASES, SCHEMA, Sites, expected, study_of
+from uharmony_model.errors import QuorumError
+from uharmony_server.admission import RefusalReason
+from uharmony_server.checkpoint import load_latest
+from uharmony_server.rounds import Patience, run_rounds
+from uharmony_simulation.engine import InProcessGrid
+
+SITES = ("site-03", "site-07", "site-09")
+STUDY = study_of(norm_bound=1e9)
+
+
+class Federation(InProcessGrid):
+    """An in-process grid whose sites come and go, each with the certificate of its name."""
+
+    def __init__(self, sites: Sites, members=SITES) -> None:
+        super().__init__(sites, CASES)
+        self.members = set(members)
+        self.numbers = {site: node for node, site in enumerate(sorted(CASES), start=1)}
+        self.after: dict[str, Callable[[], None]] = {}
+
+    def get_node_ids(self):
+        return [self.numbers[site] for site in sorted(self.members)]
+
+    def site_of(self, node: int) -> str | None:
+        found = {n: s for s, n in self.numbers.items()}.get(node)
+        return found if found in self.members else None
+
+    def send_and_receive(self, messages, *, timeout=None):
+        for reply in super().send_and_receive(messages, timeout=timeout):
+            yield reply
+            if reply.metadata.message_type == "train":
+                done = self.after.pop(self.site_of(reply.metadata.src_node_id) or "", None)
+                if done is not None:
+                    done()
+
+
+def run(grid: Federation, folder, study=STUDY, **patience):
+    patience.setdefault("missed", unexpected)
+    return run_rounds(
+        study,
+        SCHEMA,
+        BASE,
+        grid,
+        folder,
+        patience=Patience(certified=grid.site_of, **patience),
+    )
+
+
+def at_round_2(act):
+    """Calls `act` before round 2."""
+    return lambda round_: act() if round_ == 2 else None
+
+
+def unexpected(round_, error):
+    raise AssertionError(f"round {round_}: {error}")
+
+
+def two_rounds(names, equal=False):
+    return expected(expected(BASE, names, equal).float(), names, equal)
+
+
+def close(state, wanted):
+    return torch.allclose(state.global_.double(), wanted, rtol=1e-5)
+
+
+def test_a_node_is_whom_its_certificate_says_and_nobody_else(tmp_path):
+    sites = Sites(STUDY)
+    sites.names = {"site-07": "site-03"}
+    state = run(Federation(sites), tmp_path)
+    assert [(r.site, r.reason) for r in state.refusals] == [("site-07", RefusalReason.WRONG_SITE)]
+    assert close(state, two_rounds(["site-03", "site-09"]))
+
+
+def test_one_hidden_number_makes_all_weigh_equally(tmp_path):
+    sites = Sites(STUDY)
+    sites.hidden = {"site-09"}
+    state = run(Federation(sites), tmp_path)
+    assert state.refusals == ()
+    assert close(state, two_rounds(SITES, equal=True))
+
+
+def test_who_hides_the_number_without_having_said_so_is_refused(tmp_path):
+    sites = Sites(STUDY)
+    grid = Federation(sites)
+    state = run(grid, tmp_path, before_round=at_round_2(lambda: sites.hidden.add("site-09")))
+    assert [(r.site, r.round, r.reason) for r in state.refusals] == [
+        ("site-09", 2, RefusalReason.BAD_CASE_COUNT)
+    ]
+    first = expected(BASE, SITES).float()
+    assert close(state, expected(first, SITES[:2]))
+
+
+def test_a_site_that_joins_late_is_greeted_and_takes_part_from_the_next_round(tmp_path):
+    sites = Sites(STUDY)
+    grid = Federation(sites, SITES[:2])
+    state = run(grid, tmp_path, before_round=at_round_2(lambda: grid.members.add("site-09")))
+    assert state.counted == (SITES[:2], SITES)
+    assert sites.asked.count(("site-03", "query.hello")) == 1
+    assert close(state, expected(expected(BASE, SITES[:2]).float(), SITES))
+
+
+def test_a_round_without_quorum_is_asked_again_until_it_has_one(tmp_path):
+    study = study_of(min_sites=3, norm_bound=1e9)
+    sites = Sites(study)
+    sites.silent = {"site-07"}
+    told = []
+
+    def missed(round_, error):
+        told.append((round_, str(error)))
+        if len(told) == 3:
+            sites.silent.clear()
+
+    state = run(Federation(sites), tmp_path, study, missed=missed)
+    assert [r for r, _ in told] == [1, 1, 1]
+    assert "2 sites" in told[0][1]
+    assert close(state, two_rounds(SITES))
+    assert [(r.site, r.reason) for r in state.refusals] == [("site-07", RefusalReason.SITE_ERROR)]
+
+
+def test_a_site_revoked_while_the_round_is_summed_is_not_in_the_sum(tmp_path):
+    sites = Sites(STUDY)
+    grid = Federation(sites)
+    # It has answered and was summed; then, before the round is over, it is shut out.
+    grid.after["site-07"] = lambda: grid.members.discard("site-03")
+    told = []
+    state = run(grid, tmp_path, missed=lambda r, e: told.append(str(e)))
+    assert len(told) == 1
+    assert "site-03 was revoked" in told[0]
+    assert state.counted == (SITES[1:], SITES[1:])
+    assert close(state, two_rounds(SITES[1:]))
+
+
+def test_late_updates_are_refused_and_recorded_as_trained(tmp_path):
+    grid = Federation(Sites(STUDY), SITES[:2])
+    late = [[("site-09", 1), ("site-03", 1)], [("site-09", 1)]]
+    state = run(grid, tmp_path, late=late.pop)
+    assert {(r.site, r.round, r.reason) for r in state.refusals} == {
+        ("site-09", 1, RefusalReason.LATE),
+        ("site-03", 1, RefusalReason.LATE),
+    }
+    # site-03 was counted in round 1: a second copy of its update changes nothing.
+    assert state.uncounted == ((1, "site-09"),)
+    assert close(state, two_rounds(SITES[:2]))
+
+
+def test_what_a_site_started_from_tells_of_rounds_trained_in_vain(tmp_path):
+    sites = Sites(STUDY)
+    sites.silent = {"site-07"}
+    grid = Federation(sites)
+    state = run(grid, tmp_path, before_round=at_round_2(sites.silent.clear))
+    assert state.counted == (("site-03", "site-09"), SITES)
+    assert state.uncounted == ((1, "site-07"),)  # it says that it went on from round 1
+    sites.started_from = {"site-07": 0}
+    sites.silent = {"site-07"}
+    state = run(grid, tmp_path / "b", before_round=at_round_2(sites.silent.clear))
+    assert state.uncounted == ()
+
+
+def test_all_of_it_comes_back_from_the_checkpoint(tmp_path):
+    sites = Sites(STUDY)
+    sites.silent = {"site-07"}
+    state = run(Federation(sites), tmp_path)
+    again = load_latest(tmp_path, STUDY.digest, SCHEMA)
+    assert again is not None
+    assert (again.counted, again.uncounted, again.heads) == (
+        state.counted,
+        state.uncounted,
+        state.heads,
+    )
+
+
+def test_a_finished_study_says_farewell_once(tmp_path):
+    sites = Sites(STUDY)
+    grid = Federation(sites)
+    run(grid, tmp_path)
+    run(grid, tmp_path)
+    assert sites.asked.count(("site-03", "query.finish")) == 1
+
+
+def test_without_patience_a_missed_quorum_is_the_end(tmp_path):
+    sites = Sites(STUDY)
+    sites.silent = set(CASES)
+    with pytest.raises(QuorumError):
+        run_rounds(STUDY, SCHEMA, BASE, InProcessGrid(sites, CASES), tmp_path)
