@@ -23,7 +23,7 @@ from pathlib import Path
 
 import yaml
 
-from benchmarks import stock_flower
+from benchmarks import bare, stock_flower
 from benchmarks.network import study as some_study
 from benchmarks.rows import Row
 from uharmony_model.atomic import write_atomic
@@ -106,10 +106,11 @@ def rows() -> list[Row]:
     found: list[Row] = []
     for megabytes, (ratio_limit, seconds_limit) in LIMITS.items():
         with ExitStack() as stack:
-            folders = [Path(stack.enter_context(tempfile.TemporaryDirectory())) for _ in range(3)]
+            folders = [Path(stack.enter_context(tempfile.TemporaryDirectory())) for _ in range(4)]
             stock = stock_flower.seconds_a_round(megabytes, len(SITES), folders[0])
             seconds, up, down = ours(megabytes, "fp32", folders[1])
             half, half_up, _ = ours(megabytes, "bf16", folders[2])
+            plain = bare.seconds_a_round(study_of(megabytes, "fp32"), SITES, folders[3])
         name = f"deployed round, {megabytes} MB, {len(SITES)} sites"
         ratio = seconds / stock
         found += [
@@ -124,6 +125,7 @@ def rows() -> list[Row]:
             ),
             Row(name, round(seconds, 2), "s", None, f"<= {seconds_limit} s",
                 seconds <= seconds_limit),
+            Row(f"{name}, bare v. stock", round(plain, 2), "s", round(plain / stock, 3)),
             Row(f"{name}, bf16 up", round(half, 2), "s", round(half / stock, 3)),
             Row(f"{name}, bytes up, fp32", up, "B a site", round(up / down, 3)),
             Row(f"{name}, bytes up, bf16", half_up, "B a site", round(half_up / down, 3)),

@@ -21,18 +21,17 @@ from uharmony_model.exchange.hello import Hello
 from uharmony_model.exchange.instruction import Instruction
 from uharmony_model.exchange.payload import Kind, decode, encode
 from uharmony_model.initial import initial_weights
+from uharmony_model.study import Study
 from uharmony_service.command_line import run_process
 from uharmony_service.keys import load_ledger_key
 from uharmony_service.loopback import read_secret
 from uharmony_service.supervision import end_with_parent
 
 
-def idle_app(home: Home, finished: list[bool]) -> ClientApp:
-    """Decode, change every value, encode, write down, send."""
-    app, study, name = ClientApp(), home.study(), home.config.name
+def idle_app(study: Study, name: str, out: Outgoing | None, finished: list[bool]) -> ClientApp:
+    """Decode, change every value, encode, write down (where there is a gate), send."""
+    app = ClientApp()
     schema, _ = initial_weights(study)
-    ledger = Ledger(home.ledger, load_ledger_key(home.identity.ledger_key))
-    out = Outgoing(ledger, home.config.policy, to=home.membership().address)
     noise = torch.randn(schema.numel, generator=torch.Generator().manual_seed(len(name))) * 1e-4
 
     @app.query("hello")
@@ -61,7 +60,7 @@ def idle_app(home: Home, finished: list[bool]) -> ClientApp:
             values={"cases": 20, "loss": 0.0},
             flat=flat * 1e-3 + noise,
         )
-        sent = out.payload(update, schema)
+        sent = update if out is None else out.payload(update, schema)
         array = Array("uint8", (len(sent),), "uharmony.payload", sent)
         return Message(RecordDict({"payload": ArrayRecord({"payload": array})}), reply_to=message)
 
@@ -79,8 +78,10 @@ def main() -> None:
     torch.set_num_threads(1)
     home = Home.find(str(Path(given.site)))
     finished: list[bool] = []
+    ledger = Ledger(home.ledger, load_ledger_key(home.identity.ledger_key))
+    out = Outgoing(ledger, home.config.policy, to=home.membership().address)
     execute_tasks(
-        idle_app(home, finished),
+        idle_app(home.study(), home.config.name, out, finished),
         f"127.0.0.1:{given.port}",
         read_secret(home.run / "secret"),
         done=lambda: bool(finished),

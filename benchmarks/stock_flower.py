@@ -123,13 +123,20 @@ def processes(folder: Path, sites: int) -> Iterator[tuple[str, bytes]]:
     pem, key, port = folder / "tls.pem", folder / "tls.key", free_port()
     make_loopback_certificate(key, pem)
     address, started = f"127.0.0.1:{port}", []
-    environment = {**os.environ, **QUIET, "OMP_NUM_THREADS": "1", "FLWR_HOME": str(folder / "home")}
+    programs = Path(sys.executable).parent
+    environment = {
+        **os.environ,
+        **QUIET,
+        "OMP_NUM_THREADS": "1",
+        "FLWR_HOME": str(folder / "home"),
+        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",  # it starts others by their names
+    }
     log = (folder / "log").open("wb")
 
     def start(program: str, *arguments: str) -> None:
         started.append(
             subprocess.Popen(
-                [str(Path(sys.executable).parent / program), *arguments],
+                [str(programs / program), *arguments],
                 env=environment, stdout=log, stderr=log, start_new_session=True,
             )
         )  # fmt: skip

@@ -180,6 +180,37 @@ def _clock_offset(identity: Path, address: str) -> float:
     return offset
 
 
+def adapt(
+    secret: str,
+    record: Path,
+    *,
+    client_class: type[FleetHttpClient] = FleetHttpClient,
+    now: Callable[[], datetime] = local_now,
+) -> None:
+    """Put our parts into the places of Flower's, in this process.
+
+    Raises:
+        ConfigError: this Flower does not have such a place.
+    """
+    create_app = runtime_api.create_app
+    request_response = _remembering(connection.http_request_response, record)
+    for module, name, replacement in (
+        (node_auth, "now", now),
+        (connection, "FleetHttpClient", client_class),
+        (connection, "HEARTBEAT_DEFAULT_INTERVAL", HEARTBEAT_SECONDS),
+        (heartbeat, "HEARTBEAT_DEFAULT_INTERVAL", HEARTBEAT_SECONDS),
+        (http_retry, "MAX_RETRY_DELAY", LONGEST_RETRY_SECONDS),
+        (main_loop, "time", Waits()),
+        (main_loop, "pull_objects", partial(pull_objects, **_PULLING)),
+        (main_loop, "_pull_and_store_message", _tidy(main_loop._pull_and_store_message)),
+        (main_loop, "http_request_response", request_response),
+        (runtime_api, "create_app", lambda **k: guarded(create_app(**k), secret)),
+    ):
+        if not hasattr(module, name):
+            raise ConfigError(f"flwr {FLOWER} has no {module.__name__}.{name}; install it anew")
+        setattr(module, name, replacement)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """`python -m uharmony_client.supernode`: started by the service, not by hand."""
     end_with_parent()
@@ -200,27 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def coordinator_now() -> datetime:
         return local_now() + offset
 
-    create_app = runtime_api.create_app
-    for module, name, replacement in (
-        (node_auth, "now", coordinator_now),
-        (connection, "FleetHttpClient", client_class),
-        (connection, "HEARTBEAT_DEFAULT_INTERVAL", HEARTBEAT_SECONDS),
-        (heartbeat, "HEARTBEAT_DEFAULT_INTERVAL", HEARTBEAT_SECONDS),
-        (http_retry, "MAX_RETRY_DELAY", LONGEST_RETRY_SECONDS),
-        (main_loop, "time", Waits()),
-        (main_loop, "pull_objects", partial(pull_objects, **_PULLING)),
-        (main_loop, "_pull_and_store_message", _tidy(main_loop._pull_and_store_message)),
-        (
-            main_loop,
-            "http_request_response",
-            _remembering(connection.http_request_response, given.run / "node"),
-        ),
-        (runtime_api, "create_app", lambda **k: guarded(create_app(**k), secret)),
-    ):
-        if not hasattr(module, name):
-            raise ConfigError(f"flwr {FLOWER} has no {module.__name__}.{name}; install it anew")
-        setattr(module, name, replacement)
-
+    adapt(secret, given.run / "node", client_class=client_class, now=coordinator_now)
     key = load_ssh_private_key((identity / "node.key").read_bytes(), None)
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         sys.exit("node.key is no key of an elliptic curve; join again")
