@@ -8,8 +8,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from uharmony_client.home import Home
 from uharmony_model.atomic import write_atomic
@@ -26,6 +24,7 @@ app = typer.Typer(
 ledger_app = typer.Typer(no_args_is_help=True, help="What has left this building.")
 app.add_typer(ledger_app, name="ledger")
 
+_SHORT = 120  # characters of values that are shown without being asked for
 Json = Annotated[bool, typer.Option("--json", help="for machines")]
 _TEMPLATE = """# What only this hospital knows; nothing of this file is ever sent.
 name: {name}
@@ -277,27 +276,28 @@ def leave(
 def ledger_show(
     context: typer.Context,
     last: Annotated[int, typer.Option(min=1, help="how many entries")] = 20,
-    tensors: Annotated[bool, typer.Option("--tensors", help="each tensor too")] = False,
+    tensors: Annotated[bool, typer.Option("--tensors", help="each tensor and all values")] = False,
 ) -> None:
     """Show what has left, newest last."""
     from collections import deque
 
     from uharmony_client.ledger_check import show
 
-    home = Home.find(context.obj)
-    table = Table()
-    for column in ("entry", "time", "kind", "round", "bytes", "sha256", "tensors", "values"):
-        table.add_column(column)
-    for entry in deque(show(home.ledger), maxlen=last):
-        values = entry.text or ", ".join(f"{k}={v}" for k, v in entry.values.items())
-        table.add_row(
-            str(entry.seq), entry.time, entry.kind, str(entry.round), str(entry.bytes),
-            entry.sha256[:16], str(len(entry.tensors)), Text(values[:120]),
-        )  # fmt: skip
+    for entry in deque(show(Home.find(context.obj).ledger), maxlen=last):
+        print(
+            f"{entry.seq:>6}  {entry.time}  {entry.kind:<8}  round {entry.round:<4} "
+            f"{entry.bytes:>12,} B  {entry.sha256 if tensors else entry.sha256[:16]}"
+        )
+        values = entry.text or "  ".join(f"{k}={v}" for k, v in entry.values.items())
+        if tensors or len(values) <= _SHORT:
+            print(f"        {values}" if values else "", end="\n" if values else "")
+        elif entry.values:
+            print(f"        {len(entry.values)} values; see them with --tensors")
+        if entry.tensors and not tensors:
+            print(f"        {len(entry.tensors)} tensors")
         for fact in entry.tensors if tensors else ():
             shape = "x".join(map(str, fact.shape))
-            table.add_row("", "", "", "", str(fact.bytes), fact.sha256[:16], shape, fact.name)
-    Console().print(table)
+            print(f"        {fact.name}  {shape}  {fact.dtype}  {fact.bytes:,} B  {fact.sha256}")
 
 
 @ledger_app.command("verify")

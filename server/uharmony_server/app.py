@@ -77,6 +77,7 @@ def start(
     ] = None,
 ) -> None:
     """Run the study until its last round is done; start it again to go on after any stop."""
+    from uharmony_server.board import read_board
     from uharmony_server.service import serve
 
     opened = ServerFolder.open(folder)
@@ -86,6 +87,9 @@ def start(
         f"logs in {opened.log}",
         flush=True,
     )
+    board = read_board(opened.run / "status.json")
+    if board is not None and board.state == "finished":
+        print("this study is finished; its report and model are written again", flush=True)
     code = serve(opened, health_port=health_port, say=lambda text: print(text, flush=True))
     if code == 0 and (opened.path / "report.html").is_file():
         print(f"report {opened.path / 'report.html'}", flush=True)

@@ -109,6 +109,10 @@ def undisturbed(folder: Path) -> Undisturbed:
 class Federation(Deployment):
     """A deployment whose sites have joined, and what it takes to break it and to look at it."""
 
+    def __init__(self, folder: Path, study: Study, sites: Mapping[str, Path]) -> None:
+        super().__init__(folder, study, sites)
+        self._seen: list[tuple[str, str, float, str]] = []
+
     def readdress(self) -> None:
         """After a copy: tell both sides the port of this one."""
         path = self.server / "server.yaml"
@@ -138,10 +142,10 @@ class Federation(Deployment):
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(self.join, self.names))
         self.stop(["server"])
+        (self.server / "run" / "paused").unlink()
 
     def start_all(self, sites: Sequence[str] = SITES) -> None:
         """Start the coordinator and sites that have joined."""
-        (self.server / "run" / "paused").unlink(missing_ok=True)
         self.start_server()
         for name in sites:
             self.start_site(name)
@@ -254,11 +258,16 @@ class Federation(Deployment):
     def recovery(
         self, fault: str, since: float, progress: Callable[[], bool], *, to: str, note: str = ""
     ) -> float:
-        """Wait for the progress after a fault and write down how long it took."""
+        """Wait for the progress after a fault; how long it took is written down at a good end."""
         self._await(progress, f"progress after: {fault}")
         seconds = time.monotonic() - since
-        keep(fault, f"identical; seconds to {to}", seconds, note)
+        self._seen.append((fault, f"identical; seconds to {to}", seconds, note))
         return seconds
+
+    def _keep(self) -> None:
+        for fault, result, seconds, note in self._seen:
+            keep(fault, result, seconds, note)
+        self._seen.clear()
 
     def has_round(self, round_: int) -> Callable[[], bool]:
         """True when a round's checkpoint is on the coordinator's disk."""
@@ -319,6 +328,7 @@ class Federation(Deployment):
         assert self.counted() == [list(SITES)] * self.study.training.rounds
         self.check_ledgers(load(self.server / "participation.json"))
         assert weights == wanted.weights
+        self._keep()
 
     def check_participation(
         self,
@@ -333,6 +343,7 @@ class Federation(Deployment):
         assert counted == self.counted()
         self.check_ledgers(participation, lost)
         assert wanted.again(participation, out) == weights
+        self._keep()
         return participation
 
 
