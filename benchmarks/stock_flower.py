@@ -23,7 +23,7 @@ from flwr.proto.fab_pb2 import Fab
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 
-from uharmony_server.certificates import make_loopback_certificate
+from uharmony_service.certificate_parts import make_loopback_certificate
 from uharmony_service.keys import make_node_key
 from uharmony_service.loopback import free_port
 from uharmony_service.supervision import QUIET

@@ -289,9 +289,9 @@ def ledger_show(
             f"{entry.bytes:>12,} B  {entry.sha256 if tensors else entry.sha256[:16]}"
         )
         values = entry.text or "  ".join(f"{k}={v}" for k, v in entry.values.items())
-        if tensors or len(values) <= _SHORT:
-            print(f"        {values}" if values else "", end="\n" if values else "")
-        elif entry.values:
+        if values and (tensors or len(values) <= _SHORT):
+            print(f"        {values}")
+        elif values:
             print(f"        {len(entry.values)} values; see them with --tensors")
         if entry.tensors and not tensors:
             print(f"        {len(entry.tensors)} tensors")

@@ -35,6 +35,8 @@ from uharmony_model.exchange.instruction import Instruction, Receipt
 from uharmony_model.exchange.payload import Kind, encode
 from uharmony_model.exchange.schema import unflatten
 from uharmony_model.initial import initial_local
+from uharmony_model.schedule import splits_due
+from uharmony_model.study import Study
 
 log = logging.getLogger(__name__)
 OpenSite = Callable[[Context], Site]
@@ -59,6 +61,7 @@ class _Desk:
     outgoing: Callable[[Site], Outgoing]
     listeners: Listeners
     bench: Workbench = field(default_factory=Workbench)
+    receipt: Receipt | None = None
 
 
 def make_client_app(
@@ -224,7 +227,26 @@ def _order_of(message: Message, site: Site) -> Instruction:
             f"asked for study {order.study[:12]}, this site approved {site.study.digest[:12]}; "
             "approve the changed study as a new one"
         )
+    _refuse_what_was_not_approved(order, site.study)
     return order
+
+
+def _refuse_what_was_not_approved(order: Instruction, study: Study) -> None:
+    """The hospital approved so many rounds, and what is measured after each.
+
+    Raises:
+        ExchangeError: the order asks for another round, or for other measurements.
+    """
+    rounds = study.training.rounds
+    if order.action in ("train", "evaluate") and not 1 <= order.round <= rounds:
+        raise ExchangeError(f"asked for round {order.round}, approved are rounds 1 to {rounds}")
+    if order.action == "evaluate":
+        due, last = splits_due(study, order.round), order.round == rounds
+        if order.splits != due or order.final != last:
+            raise ExchangeError(
+                f"asked to measure {', '.join(order.splits) or 'nothing'} after round "
+                f"{order.round}; approved is {', '.join(due) or 'nothing'}"
+            )
 
 
 def _payload_of(message: Message) -> bytes:
@@ -255,7 +277,8 @@ def _answer(desk: _Desk, message: Message, context: Context, work: Work) -> Mess
         out = desk.outgoing(site)
         order = _order_of(message, site)
         desk.listeners.instruction(order)
-        if order.receipt is not None and out.ledger is not None:
+        if order.receipt not in (None, desk.receipt) and out.ledger is not None:
+            desk.receipt = order.receipt
             _keep_receipt(out.ledger, order.receipt)
         content = work(desk, site, out, order, message)
     except Exception as error:  # whatever goes wrong here, its text stays here

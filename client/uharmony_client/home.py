@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from uharmony_client.site_config import SiteConfig, load_site
 from uharmony_model.errors import ConfigError
 from uharmony_model.exchange.joining import Membership
 from uharmony_model.study import Study, load_study
+from uharmony_service.lock import only_one
 
 _PLACES = ("{name}/site.yaml", "{name}.yaml", "site.yaml")
 
@@ -114,16 +114,8 @@ class Home:
         Raises:
             ConfigError: another process works with this store.
         """
-        self.run.mkdir(parents=True, exist_ok=True, mode=0o700)
-        descriptor = os.open(self.run / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"{self.config.store}: the service of site {self.config.name} is running; "
-                "stop it first"
-            ) from None
-        else:
+        message = (
+            f"{self.config.store}: the service of site {self.config.name} is running; stop it first"
+        )
+        with only_one(self.run, message):
             yield
-        finally:
-            os.close(descriptor)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from uharmony_client.home import Home
 from uharmony_client.joining import renew
 from uharmony_model.errors import ExchangeError, StoreError
+from uharmony_service.certificate_parts import renew_loopback_certificate
 from uharmony_service.health import Health
 from uharmony_service.loopback import free_port, write_secret
 from uharmony_service.supervision import QUIET, Program, Supervisor
@@ -31,6 +32,7 @@ def serve(home: Home, *, health_port: int | None = None, say: Callable[[str], No
     home.study()
     with home.only_one():
         write_secret(home.run / "secret")
+        renew_loopback_certificate(home.run / "loopback.key", home.run / "loopback.pem")
         due = time.monotonic() + _RENEWAL_SECONDS
 
         def tick(restarts: Mapping[str, int]) -> None:

@@ -14,8 +14,8 @@ from uharmony_client.ledger import HEAD, parse_line
 from uharmony_client.ledger_entry import SignedHead
 from uharmony_client.site_board import SiteBoard, read_site_board
 from uharmony_model.errors import StoreError
+from uharmony_service.lock import is_held
 
-_STALE_SECONDS = 30.0
 _MAX_HEAD = 4096
 
 
@@ -38,11 +38,10 @@ def _facts(home: Home) -> dict[str, object]:
         return facts
     member = home.membership()
     board = read_site_board(home.run / "status.json") or SiteBoard()
-    alive = time.time() - board.updated < _STALE_SECONDS
     facts |= {
         "study": member.study,
         "coordinator": member.address,
-        "service": "running" if alive else "not running",
+        "service": "running" if is_held(home.run) else "not running",
         "state": board.state,
         "round": f"{board.round} of {board.rounds}",
     }

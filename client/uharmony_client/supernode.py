@@ -243,6 +243,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--root-certificates", str(identity / "ca.pem"),
         "--auth-supernode-private-key", str(identity / "node.key"),
         "--host", "127.0.0.1", "--port", str(given.port),
+        # Whoever else might open this port first cannot show the certificate of this start.
+        "--ssl-certfile", str(given.run / "loopback.pem"),
+        "--ssl-keyfile", str(given.run / "loopback.key"),
+        "--ssl-ca-certfile", str(given.run / "loopback.pem"),
     ]  # fmt: skip
     flower_supernode()
 

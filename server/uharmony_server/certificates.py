@@ -1,13 +1,11 @@
 """The study's own certificate authority: who is a site, who is the coordinator.
 
-It signs three kinds: the coordinator's certificate, the sites', and one for SuperLink, which
-listens on loopback only. Times are backdated by a day, so that a clock an hour off still works.
+It signs two kinds: the coordinator's certificate and the sites'.
 """
 
 from __future__ import annotations
 
 import datetime
-import ipaddress
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,10 +15,19 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from uharmony_model.atomic import write_atomic
 from uharmony_model.errors import ExchangeError
+from uharmony_service.certificate_parts import (
+    BACKDATED,
+    TEN_YEARS,
+    alternative_names,
+    authority_identifier,
+    certificate_builder,
+    distinguished_name,
+    key_usage,
+)
 from uharmony_service.keys import (
     common_name,
     is_p256,
@@ -31,8 +38,6 @@ from uharmony_service.keys import (
     write_new,
 )
 
-BACKDATED = datetime.timedelta(hours=24)
-TEN_YEARS = datetime.timedelta(days=3652)
 RENEW_BELOW = 1 / 3
 
 
@@ -43,12 +48,12 @@ def make_authority(key_file: Path, certificate_file: Path, name: str) -> x509.Ce
         StoreError: one of the files exists.
     """
     key = make_tls_key(key_file)
-    subject = _name(f"{name[:40]} study authority")
+    subject = distinguished_name(f"{name[:40]} study authority")
     certificate = (
-        _builder(subject, subject, key.public_key(), TEN_YEARS)
+        certificate_builder(subject, subject, key.public_key(), TEN_YEARS)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(_usage(authority=True), critical=True)
-        .add_extension(_issuer(key), critical=False)
+        .add_extension(key_usage(authority=True), critical=True)
+        .add_extension(authority_identifier(key), critical=False)
         .sign(key, hashes.SHA256())
     )
     write_new(certificate_file, certificate.public_bytes(Encoding.PEM))
@@ -65,40 +70,20 @@ def server_certificate(
     """
     signer, authority = load_tls_key(ca_key), load_certificate(ca_certificate)
     return (
-        _builder(
-            _name("coordinator"),
+        certificate_builder(
+            distinguished_name("coordinator"),
             authority.subject,
             load_tls_key(key).public_key(),
             datetime.timedelta(hours=hours),
         )
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(_usage(authority=False), critical=True)
+        .add_extension(key_usage(authority=False), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .add_extension(_alternatives(hosts), critical=False)
-        .add_extension(_issuer(signer), critical=False)
+        .add_extension(alternative_names(hosts), critical=False)
+        .add_extension(authority_identifier(signer), critical=False)
         .sign(signer, hashes.SHA256())
         .public_bytes(Encoding.PEM)
     )
-
-
-def make_loopback_certificate(key_file: Path, certificate_file: Path) -> None:
-    """Make SuperLink's own certificate, which vouches for itself and names only loopback.
-
-    Raises:
-        StoreError: one of the files exists.
-    """
-    key = make_tls_key(key_file)
-    subject = _name("loopback")
-    certificate = (
-        _builder(subject, subject, key.public_key(), TEN_YEARS)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(_usage(authority=True, leaf=True), critical=True)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .add_extension(_alternatives(["127.0.0.1", "localhost"]), critical=False)
-        .add_extension(_issuer(key), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    write_new(certificate_file, certificate.public_bytes(Encoding.PEM))
 
 
 def read_request(csr: str) -> tuple[str, ec.EllipticCurvePublicKey]:
@@ -140,11 +125,13 @@ def site_certificate(
     """
     signer, authority = load_tls_key(ca_key), load_certificate(ca_certificate)
     return (
-        _builder(_name(site), authority.subject, key, datetime.timedelta(hours=hours))
+        certificate_builder(
+            distinguished_name(site), authority.subject, key, datetime.timedelta(hours=hours)
+        )
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(_usage(authority=False), critical=True)
+        .add_extension(key_usage(authority=False), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), critical=True)
-        .add_extension(_issuer(signer), critical=False)
+        .add_extension(authority_identifier(signer), critical=False)
         .sign(signer, hashes.SHA256())
     )
 
@@ -175,54 +162,3 @@ def needs_renewal(certificate: x509.Certificate) -> bool:
     begin, end = lifetime(certificate)
     begin += BACKDATED.total_seconds()
     return end - time.time() < (end - begin) * RENEW_BELOW
-
-
-def _builder(
-    subject: x509.Name,
-    issuer: x509.Name,
-    key: ec.EllipticCurvePublicKey,
-    life: datetime.timedelta,
-) -> x509.CertificateBuilder:
-    now = datetime.datetime.now(datetime.UTC)
-    return (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer)
-        .public_key(key)
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - BACKDATED)
-        .not_valid_after(now + life)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
-    )
-
-
-def _name(common: str) -> x509.Name:
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common)])
-
-
-def _issuer(key: ec.EllipticCurvePrivateKey) -> x509.AuthorityKeyIdentifier:
-    return x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key())
-
-
-def _usage(*, authority: bool, leaf: bool = False) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=leaf or not authority,
-        key_cert_sign=authority,
-        crl_sign=authority,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        encipher_only=False,
-        decipher_only=False,
-    )
-
-
-def _alternatives(hosts: Iterable[str]) -> x509.SubjectAlternativeName:
-    names: list[x509.GeneralName] = []
-    for host in dict.fromkeys(hosts):
-        try:
-            names.append(x509.IPAddress(ipaddress.ip_address(host)))
-        except ValueError:
-            names.append(x509.DNSName(host.lower()))
-    return x509.SubjectAlternativeName(names)

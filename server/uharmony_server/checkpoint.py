@@ -49,7 +49,7 @@ class Checkpoint:
     `norms` are those of every update admitted so far; `records` are JSON-able; `bytes_up` is what
     the admitted updates of each round weighed on the wire; `counted` are the sites of each round,
     `uncounted` the (round, site) pairs that were trained in vain, as far as known; `heads` are the
-    heads of the sites' ledgers as last seen.
+    heads of the sites' ledgers as last seen; `hidden` are the sites that tell no number of cases.
     """
 
     round: int
@@ -63,6 +63,7 @@ class Checkpoint:
     counted: tuple[tuple[str, ...], ...] = ()
     uncounted: tuple[tuple[int, str], ...] = ()
     heads: Mapping[str, Receipt] = field(default_factory=dict)
+    hidden: tuple[str, ...] = ()
 
     @cached_property
     def digest(self) -> str:
@@ -90,6 +91,7 @@ class _State(Frozen):
     counted: tuple[tuple[str, ...], ...] = ()
     uncounted: tuple[tuple[NonNegativeInt, str], ...] = ()
     heads: dict[str, Receipt] = Field(default_factory=dict)
+    hidden: tuple[str, ...] = ()
 
 
 class _Sealed(Frozen):
@@ -120,6 +122,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
             counted=checkpoint.counted,
             uncounted=checkpoint.uncounted,
             heads=dict(checkpoint.heads),
+            hidden=checkpoint.hidden,
         )
         text = canonical_json(_Sealed(sha256=_seal(state), state=state))
         tensors = unflatten(checkpoint.global_, checkpoint.schema)
@@ -209,6 +212,7 @@ def _load(path: Path, number: int, study: str, schema: Schema) -> Checkpoint:
         counted=state.counted,
         uncounted=state.uncounted,
         heads=state.heads,
+        hidden=state.hidden,
     )
     if checkpoint.digest != state.weights:
         raise _DamagedError(f"{path}: damaged: the weights differ from their digest")

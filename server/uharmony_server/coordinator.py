@@ -34,6 +34,7 @@ from uharmony_service.supervision import end_with_parent
 log = logging.getLogger(__name__)
 _LOOK_SECONDS = 0.5
 _ASK_AGAIN_SECONDS = 5.0
+_LONGEST_PAUSE_SECONDS = 300.0
 
 
 class Members:
@@ -85,6 +86,8 @@ def coordinate(folder: ServerFolder, port: int) -> Checkpoint:
     grid = LinkGrid(link, members, limits, board)
     needed = study.federation.min_sites
 
+    pause = _ASK_AGAIN_SECONDS
+
     def before_round(round_: int) -> None:
         while (folder.run / "paused").exists() or len(members()) < needed:
             paused = (folder.run / "paused").exists()
@@ -92,13 +95,24 @@ def coordinate(folder: ServerFolder, port: int) -> Checkpoint:
                 state="paused" if paused else "gathering",
                 note="" if paused else f"{len(members())} of {needed} sites have joined",
             )
+            grid.tend()
             time.sleep(_LOOK_SECONDS)
         board.change(state="running", note="", round_started=time.time())
 
     def missed(round_: int, error: QuorumError) -> None:
-        log.warning("%s; asking again", error)
+        nonlocal pause
+        log.warning("%s; asking again in %.0f s", error, pause)
         board.change(state="waiting", note=str(error)[:500])
-        time.sleep(_ASK_AGAIN_SECONDS)
+        end = time.monotonic() + pause
+        while time.monotonic() < end:
+            grid.tend()
+            time.sleep(_LOOK_SECONDS)
+        pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+
+    def counted(state: Checkpoint) -> None:
+        nonlocal pause
+        pause = _ASK_AGAIN_SECONDS
+        _note(folder, board, state)
 
     schema, initial = initial_weights(study)
     known = read_latest(folder.rounds, study.digest, schema)
@@ -112,9 +126,13 @@ def coordinate(folder: ServerFolder, port: int) -> Checkpoint:
         initial,
         grid,
         folder.rounds,
-        on_round=lambda now: _note(folder, board, now),
+        on_round=counted,
         patience=Patience(
-            certified=grid.site_of, late=grid.take_late, before_round=before_round, missed=missed
+            certified=grid.site_of,
+            online=grid.online,
+            late=grid.take_late,
+            before_round=before_round,
+            missed=missed,
         ),
     )
     _note(folder, board, state)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-import threading
 import time
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,9 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
-from flwr.app import Message
+from flwr.app import Error, Message
 from flwr.app.message import make_message, remove_content_from_message
-from flwr.common.constant import SUPERLINK_NODE_ID, Status
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode, Status
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.control_pb2 import (
     ListNodesRequest,
@@ -31,7 +30,11 @@ from flwr.proto.control_pb2 import (
     UnregisterNodeRequest,
 )
 from flwr.proto.fab_pb2 import Fab
-from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree
+from flwr.proto.message_pb2 import (
+    ConfirmMessageReceivedRequest,
+    ObjectTree,
+    PullObjectRequest,
+)
 from flwr.proto.node_pb2 import Node
 from flwr.proto.runtime_pb2 import (
     GetNodesRequest,
@@ -47,19 +50,16 @@ from flwr.supercore.inflatable.inflatable_object import (
     no_object_id_recompute,
 )
 from flwr.supercore.inflatable.inflatable_protobuf_utils import (
-    make_pull_object_fn_protobuf,
     make_push_object_fn_protobuf,
 )
 from flwr.supercore.inflatable.inflatable_utils import (
-    ObjectPullError,
     inflate_object_from_contents,
-    pull_objects,
     push_objects,
 )
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 
 from uharmony_service.loopback import SecretInterceptor
-from uharmony_service.runtime import OBJECT_POLL_SECONDS, Claim, ClaimLostError, acquire, connect
+from uharmony_service.runtime import Claim, ClaimLostError, acquire, connect
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +71,10 @@ _NODE = Node(node_id=SUPERLINK_NODE_ID)
 
 class LinkLostError(Exception):
     """SuperLink is away or was restarted; `LinkSession.open` begins anew."""
+
+
+class AnswerLostError(Exception):
+    """An answer was announced and will never be whole; the site is asked again."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ class LinkSession:
     def __init__(self, address: str, secret: str, ca: bytes) -> None:
         self._address, self._secret, self._ca = address, secret, ca
         self._claim: Claim | None = None
-        self._lock = threading.Lock()
+        self._keys: dict[str, bytes] = {}
         self.nodes: dict[str, int] = {}
 
     def open(self, members: Mapping[str, bytes]) -> None:
@@ -109,13 +113,16 @@ class LinkSession:
 
     def admit(self, members: Mapping[str, bytes]) -> None:
         """Register new members' keys and strike those that are no longer members."""
-        for site in sorted(set(self.nodes) - set(members)):
+        # A site that joined again has another key, and is another node.
+        for site in sorted(s for s in self.nodes if members.get(s) != self._keys.get(s)):
             with self._asking():
-                self._control(UnregisterNodeRequest(node_id=self.nodes.pop(site)))
+                self._control(UnregisterNodeRequest(node_id=self.nodes[site]))
+            del self.nodes[site]
         for site, key in sorted(members.items()):
             if site not in self.nodes:
                 with self._asking():
                     self.nodes[site] = self._control(RegisterNodeRequest(public_key=key)).node_id
+                self._keys[site] = key
 
     def online(self) -> dict[str, int]:
         """The members that are connected now, with their node numbers."""
@@ -154,23 +161,45 @@ class LinkSession:
         pairs = zip(found.messages_list, found.message_object_trees, strict=True)
         return [Arrived(message_from_proto(proto), tree) for proto, tree in pairs]
 
-    def fetch(self, arrived: Arrived) -> Message:
-        """The answer with its content; SuperLink forgets it."""
-        head, tree = arrived.head, arrived.tree
+    def collect(self, arrived: Arrived, contents: dict[str, bytes]) -> bool:
+        """Fetch what has come of an answer into `contents`; True when it is whole.
+
+        SuperLink shows an answer before its parts are there: a site may still be sending them.
+
+        Raises:
+            AnswerLostError: a part will never come.
+            LinkLostError: SuperLink is away.
+        """
         with self._asking() as claim:
-            contents = pull_objects(
-                [part.object_id for part in iterate_object_tree(tree)],
-                make_pull_object_fn_protobuf(claim.client.PullObject, _NODE, claim.run.run_id),
-                initial_backoff=OBJECT_POLL_SECONDS,
-                backoff_cap=1.0,
-            )
+            for part in iterate_object_tree(arrived.tree):
+                if part.object_id in contents:
+                    continue
+                found = claim.client.PullObject(
+                    PullObjectRequest(node=_NODE, run_id=claim.run.run_id, object_id=part.object_id)
+                )
+                if not found.object_found:
+                    raise AnswerLostError("a part of the answer was dropped")
+                if not found.object_available:
+                    return False
+                contents[part.object_id] = found.object_content
             self._forget(claim, arrived)
-        message = inflate_object_from_contents(tree.object_id, contents)
-        if not isinstance(message, Message):
-            raise LinkLostError(f"an answer that is no message: {type(message).__name__}")
-        if message.has_error():
-            return make_message(metadata=head.metadata, error=message.error)
-        return make_message(metadata=head.metadata, content=message.content)
+        return True
+
+    @staticmethod
+    def assemble(arrived: Arrived, contents: dict[str, bytes]) -> Message:
+        """The answer from its parts. What cannot be read becomes an error of that site alone."""
+        head = arrived.head
+        try:
+            message = inflate_object_from_contents(arrived.tree.object_id, contents)
+            if not isinstance(message, Message):
+                raise TypeError(type(message).__name__)  # noqa: TRY301 - one way out for all
+            if message.has_error():
+                return make_message(metadata=head.metadata, error=message.error)
+            return make_message(metadata=head.metadata, content=message.content)
+        except Exception as error:  # bytes from outside, read by foreign code
+            reason = f"an answer that cannot be read ({type(error).__name__})"
+            wrong = Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=reason)
+            return make_message(metadata=head.metadata, error=wrong)
 
     def forget(self, arrived: Arrived) -> None:
         """Let SuperLink drop an answer that nobody will read."""
@@ -195,8 +224,10 @@ class LinkSession:
             # Killed and started again, we meet a SuperLink that knows the keys already.
             known = {n.public_key: n.node_id for n in self._control(ListNodesRequest()).nodes_info}
             self.nodes = {site: known[key] for site, key in members.items() if key in known}
+            self._keys = {site: members[site] for site in self.nodes}
             self.admit(members)
-        except (httpx.HTTPError, ClaimLostError, LinkLostError) as error:
+        except (httpx.HTTPError, ClaimLostError, LinkLostError, RuntimeError) as error:
+            self.close()
             if last:
                 raise LinkLostError(f"SuperLink does not come up: {error}") from error
             return False
@@ -260,7 +291,7 @@ class _Asking:
         return self._claim
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (httpx.HTTPError, ClaimLostError, ObjectPullError, RuntimeError)):
+        if isinstance(error, (httpx.HTTPError, ClaimLostError, RuntimeError)):
             raise LinkLostError(f"{type(error).__name__}: {error}"[:200]) from error
 
 

@@ -12,6 +12,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -20,7 +21,7 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
-from uharmony_server.link import Arrived, LinkLostError, LinkSession
+from uharmony_server.link import AnswerLostError, Arrived, LinkLostError, LinkSession
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ GONE = frozenset(
 _POLL_SECONDS = 0.05
 _POLL_IDLE_SECONDS = 0.5
 _BUSY_SECONDS = 30.0
+_PATIENCE_SECONDS = 3600.0  # after that a late answer is not believed in any more
 
 
 def node_of(site: str) -> int:
@@ -64,9 +66,12 @@ class _Ask:
     """One message to one site, as often as it has to be sent."""
 
     site: str
-    message: Message
+    message: Message | None
+    kind: str
+    round: int
     identifier: str = ""
     arrived: Arrived | None = None
+    parts: dict[str, bytes] = field(default_factory=dict)
     since: float = field(default_factory=time.monotonic)
     absent_since: float | None = None
 
@@ -103,29 +108,39 @@ class LinkGrid(Grid):
         limit = self._waiting.deadline if timeout is None else timeout
         names = {node_of(site): site for site in self._members()}
         asks = [
-            _Ask(names[m.metadata.dst_node_id], m)
+            _Ask(
+                names[m.metadata.dst_node_id],
+                m,
+                m.metadata.message_type,
+                int(m.metadata.group_id),
+            )
             for m in messages
             if m.metadata.dst_node_id in names
         ]
         end = None if limit is None else time.monotonic() + limit
-        settled = 0
-        while settled < len(asks):
-            ask = asks[settled]
-            if ask.arrived is None and not self._given_up(ask, end):
-                self._turn(asks[settled:])
-                continue
-            if ask.site not in self._members():
-                settled += 1  # revoked: what it sent is not even read
-                continue
-            message = self._fetch(ask)
-            if message is None and ask.arrived is None and not self._given_up(ask, end):
-                continue  # SuperLink went away while it was fetched: ask again
-            settled += 1
-            if message is not None:
+        for position, ask in enumerate(asks):
+            message = self._settle(ask, asks[position:], end)
+            if message is None:
+                self._leave_behind(ask)
+            else:
                 yield message
-            elif ask.identifier:
-                self._stale[ask.identifier] = ask
         self._watcher.waiting({}, ())
+
+    def online(self) -> list[int]:
+        """The numbers of the members that are connected now."""
+        return [node_of(site) for site in self.tend()]
+
+    def tend(self) -> list[str]:
+        """Between rounds: register who has joined, and see who is connected."""
+        try:
+            self._link.admit(self._members())
+            found = sorted(self._link.online())
+        except LinkLostError as error:
+            log.warning("SuperLink is away (%s); beginning a new run", error)
+            self._begin_again([])
+            return []
+        self._watcher.waiting({}, found)
+        return found
 
     def take_late(self) -> list[tuple[str, int]]:
         """(site, round) of updates that have come after their rounds were closed, once each."""
@@ -134,11 +149,18 @@ class LinkGrid(Grid):
 
     # --- parts -----------------------------------------------------------------------------------
 
+    def _settle(self, ask: _Ask, open_: list[_Ask], end: float | None) -> Message | None:
+        """Wait for one answer; None when the round goes on without. Revoked sites are not read."""
+        while ask.site in self._members():
+            message = self._read(ask)
+            if message is not None or self._given_up(ask, end):
+                return message
+            self._turn(open_)
+        return None
+
     def _given_up(self, ask: _Ask, end: float | None) -> bool:
-        """Past the deadline, no longer a member, or absent for longer than is waited for."""
+        """Past the deadline, or absent for longer than is waited for."""
         now, absent = time.monotonic(), self._waiting.absent
-        if ask.site not in self._members():
-            return True
         if end is not None and now > end:
             return True
         return (
@@ -165,9 +187,15 @@ class LinkGrid(Grid):
                 ask.absent_since = None
             elif ask.absent_since is None:
                 ask.absent_since = now
-        due = [a for a in asks if not a.identifier and a.site in online and a.site in members]
+        # A site that still works on a closed round gets no other one on top of it.
+        busy = {a.site for a in self._stale.values() if now - a.since < _PATIENCE_SECONDS}
+        due = [
+            a
+            for a in asks
+            if not a.identifier and a.site in online and a.site in members and a.site not in busy
+        ]
         if due:
-            copies = [_addressed(a.message, online[a.site]) for a in due]
+            copies = [_addressed(a.message, online[a.site]) for a in due if a.message is not None]
             for ask, identifier in zip(due, self._link.push(copies), strict=True):
                 ask.identifier = identifier or ""
             self._busy_until = now + _BUSY_SECONDS
@@ -184,9 +212,8 @@ class LinkGrid(Grid):
         if about in self._stale:
             missed = self._stale.pop(about)
             self._link.forget(arrived)
-            asked = missed.message.metadata
-            if asked.message_type == "train" and not arrived.head.has_error():
-                self._late.append((missed.site, int(asked.group_id)))
+            if missed.kind == "train" and not arrived.head.has_error():
+                self._late.append((missed.site, missed.round))
             return
         ask = asks.get(about)
         if ask is None:
@@ -197,24 +224,39 @@ class LinkGrid(Grid):
         else:
             ask.arrived = arrived
 
-    def _fetch(self, ask: _Ask) -> Message | None:
-        """The answer under the site's own number, or None when there is none."""
+    def _read(self, ask: _Ask) -> Message | None:
+        """The answer under the site's own number, or None as long as it is not whole."""
         if ask.arrived is None:
             return None
         try:
-            message = self._link.fetch(ask.arrived)
-        except LinkLostError as error:
+            if not self._link.collect(ask.arrived, ask.parts):
+                return None
+        except (LinkLostError, AnswerLostError) as error:
             log.warning("site %s: its answer was lost (%s); asking again", ask.site, error)
-            ask.arrived, ask.identifier = None, ""
+            ask.arrived, ask.identifier, ask.parts = None, "", {}
             return None
+        message = self._link.assemble(ask.arrived, ask.parts)
         message.metadata.__dict__["_src_node_id"] = node_of(ask.site)
         return message
+
+    def _leave_behind(self, ask: _Ask) -> None:
+        """The round goes on without this answer; if it still comes, it is late."""
+        if ask.arrived is not None:
+            # It had begun to come: the site has trained, and what is left of it is not waited for.
+            with suppress(LinkLostError):
+                self._link.forget(ask.arrived)
+            if ask.kind == "train" and ask.site in self._members():
+                self._late.append((ask.site, ask.round))
+        elif ask.identifier:
+            ask.message = None  # with it the weights; that it was asked is all that matters now
+            ask.since = time.monotonic()
+            self._stale[ask.identifier] = ask
 
     def _begin_again(self, asks: list[_Ask]) -> None:
         self._link.open(self._members())
         self._stale.clear()
         for ask in asks:
-            ask.identifier, ask.arrived = "", None
+            ask.identifier, ask.arrived, ask.parts = "", None, {}
         self._busy_until = time.monotonic() + _BUSY_SECONDS
 
     # --- the rest of Flower's interface -----------------------------------------------------------

@@ -8,6 +8,7 @@ result is the same to the last bit.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from uharmony_model.errors import QuorumError
 from uharmony_model.exchange.schema import Schema
+from uharmony_model.schedule import splits_due
 from uharmony_model.study import Study
 from uharmony_server.checkpoint import Checkpoint, load_latest, save
 from uharmony_server.strategy import HarmonyStrategy, SiteOf
@@ -35,12 +37,13 @@ def _nothing_late() -> Iterable[Late]:
 class Patience:
     """What rounds among real institutions need beyond those in one process.
 
-    `certified` tells whose certificate a node has; `late` gives the updates that came after their
-    rounds, once each; `before_round` may wait (a pause, too few sites); `missed` is told why a
-    round did not count and waits before it is asked again.
+    `certified` tells whose certificate a node has, `online` which nodes are there; `late` gives
+    the updates that came after their rounds, once each; `before_round` may wait (a pause, too few
+    sites); `missed` is told why a round did not count and waits before it is asked again.
     """
 
     certified: SiteOf
+    online: Callable[[], Iterable[int]] | None = None
     late: Callable[[], Iterable[Late]] = _nothing_late
     before_round: Callable[[int], None] = lambda round_: None
     missed: Callable[[int, QuorumError], None] = lambda round_, error: None
@@ -69,11 +72,14 @@ def run_rounds(
     state = load_latest(folder, study.digest, schema)
     if state is None:
         state = Checkpoint(round=0, global_=initial, schema=schema, study=study.digest)
-    certified = None if patience is None else patience.certified
-    strategy = HarmonyStrategy(study, state, certified=certified)
-    started = strategy.state.round < study.training.rounds
-    if started and patience is None:
-        strategy.greet(grid, timeout=timeout)
+    if patience is None:
+        strategy = HarmonyStrategy(study, state)
+        if state.round < study.training.rounds:
+            strategy.greet(grid, timeout=timeout)
+    else:
+        strategy = HarmonyStrategy(
+            study, state, certified=patience.certified, online=patience.online
+        )
     while strategy.state.round < study.training.rounds:
         round_ = strategy.state.round + 1
         if patience is not None:
@@ -93,7 +99,10 @@ def run_rounds(
         save(folder, strategy.state)
         if on_round is not None:
             on_round(strategy.state)
-    if started and patience is not None:
+    if patience is not None:
+        # Also after a restart: a kill may have come between the last round and the farewell.
+        with suppress(QuorumError):
+            strategy.greet(grid, timeout=_FAREWELL_SECONDS)
         strategy.farewell(grid, timeout=_FAREWELL_SECONDS)
     return strategy.state
 
@@ -102,6 +111,6 @@ def _one_round(strategy: HarmonyStrategy, round_: int, grid: Grid, timeout: floa
     nothing = ConfigRecord()
     asked = strategy.configure_train(round_, strategy.arrays(), nothing, grid)
     arrays, _ = strategy.aggregate_train(round_, grid.send_and_receive(asked, timeout=timeout))
-    if arrays is not None and strategy.splits_due(round_):
+    if arrays is not None and splits_due(strategy.study, round_):
         asked = strategy.configure_evaluate(round_, arrays, nothing, grid)
         strategy.aggregate_evaluate(round_, grid.send_and_receive(asked, timeout=timeout))

@@ -23,10 +23,10 @@ from uharmony_model.frozen import Frozen, parse, read_yaml
 from uharmony_model.study import Study, load_study
 from uharmony_server.certificates import (
     make_authority,
-    make_loopback_certificate,
     renew_server_certificate,
     server_certificate,
 )
+from uharmony_service.certificate_parts import make_loopback_certificate
 from uharmony_service.keys import make_tls_key, write_new
 
 _FOLDERS = (

@@ -6,17 +6,16 @@ puts into the folder, and renews certificates before they run out.
 
 from __future__ import annotations
 
-import fcntl
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 
-from uharmony_model.errors import ConfigError, StoreError
+from uharmony_model.errors import StoreError
 from uharmony_server.registrar import Registrar
 from uharmony_server.server_folder import ServerFolder
 from uharmony_service.health import Health
+from uharmony_service.lock import only_one
 from uharmony_service.loopback import free_port, write_secret
 from uharmony_service.supervision import QUIET, Program, Supervisor
 
@@ -32,7 +31,7 @@ def serve(
         ConfigError: the study was changed, or another process serves this folder already.
     """
     folder.check_study()
-    with only_one(folder):
+    with only_one(folder.run, f"{folder.path}: is served by another process already"):
         write_secret(folder.superexec_secret)
         registrar = Registrar(folder)
         due = 0.0
@@ -74,21 +73,3 @@ def programs(folder: ServerFolder, port: int) -> list[Program]:
             main=True,
         ),
     ]
-
-
-@contextmanager
-def only_one(folder: ServerFolder) -> Iterator[None]:
-    """Hold the folder's lock; the kernel drops it however this process ends.
-
-    Raises:
-        ConfigError: another process holds it.
-    """
-    descriptor = os.open(folder.run / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ConfigError(f"{folder.path}: is served by another process already") from None
-    else:
-        yield
-    finally:
-        os.close(descriptor)

@@ -13,8 +13,8 @@ from rich.text import Text
 from uharmony_server.board import Board, read_board
 from uharmony_server.registry import Enrolment, Registry
 from uharmony_server.server_folder import ServerFolder
+from uharmony_service.lock import is_held
 
-_STALE_SECONDS = 30.0
 _SHOWN_REFUSALS = 10
 
 
@@ -25,7 +25,7 @@ def status_json(folder: ServerFolder) -> str:
         {
             "study": folder.study.name,
             "digest": folder.study.digest,
-            "serving": _serving(board),
+            "serving": is_held(folder.run),
             "board": board.model_dump(mode="json"),
             "sites": {
                 name: {
@@ -47,7 +47,7 @@ def status_json(folder: ServerFolder) -> str:
 def status_view(folder: ServerFolder) -> RenderableType:
     """The same for a terminal."""
     board, sites, gateway = _facts(folder)
-    serving = _serving(board)
+    serving = is_held(folder.run)
     head = Table.grid(padding=(0, 2))
     head.add_row("study", f"{folder.study.name}  {folder.study.digest[:16]}")
     head.add_row("service", "running" if serving else "not running")
@@ -98,10 +98,6 @@ def _facts(folder: ServerFolder) -> tuple[Board, Mapping[str, Enrolment], object
 
 def _invited(folder: ServerFolder) -> set[str]:
     return {path.stem for path in folder.invites.glob("[!.]*.json")}
-
-
-def _serving(board: Board) -> bool:
-    return board.state != "finished" and time.time() - board.updated < _STALE_SECONDS
 
 
 def _ago(since: float) -> str:

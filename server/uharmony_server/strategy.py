@@ -23,7 +23,8 @@ from uharmony_model.errors import ExchangeError, QuorumError
 from uharmony_model.exchange.hello import check_hello
 from uharmony_model.exchange.instruction import Instruction
 from uharmony_model.exchange.payload import Kind, encode, quantize
-from uharmony_model.study import Split, Study
+from uharmony_model.schedule import splits_due
+from uharmony_model.study import Study
 from uharmony_server.admission import (
     Admitted,
     Expected,
@@ -52,13 +53,20 @@ GROUP = 2  # admitted updates that are held at once; the sum does not depend on 
 class HarmonyStrategy(Strategy):
     """FedAvg over the shared backbone, with admission, quorum and a fixed order of sites."""
 
-    def __init__(self, study: Study, state: Checkpoint, *, certified: SiteOf | None = None) -> None:
+    def __init__(
+        self,
+        study: Study,
+        state: Checkpoint,
+        *,
+        certified: SiteOf | None = None,
+        online: Callable[[], Iterable[int]] | None = None,
+    ) -> None:
         self.study = study
         self.schema = state.schema
         self.state = state
         self.nodes: dict[int, str] = {}
-        self._certified = certified
-        self._hidden: set[str] = set()
+        self._certified, self._online = certified, online
+        self._members: frozenset[str] = frozenset()
         self._payload: tuple[int, str, bytes] | None = None
 
     # --- joining -------------------------------------------------------------------------------
@@ -73,10 +81,11 @@ class HarmonyStrategy(Strategy):
         content = RecordDict({"instruction": ConfigRecord({"json": text})})
         members = set(grid.get_node_ids())
         self.nodes = {node: site for node, site in self.nodes.items() if node in members}
+        self._members = frozenset(filter(None, map(self._named, members)))
         # By name where a certificate tells it, so that answers come in the order of the sites.
         messages = [
             Message(content, node, "query.hello", group_id="0")
-            for node in sorted(members - set(self.nodes), key=lambda n: (self._named(n), n))
+            for node in sorted(self._strangers(members), key=lambda n: (self._named(n), n))
         ]
         for reply in grid.send_and_receive(messages, timeout=timeout):
             node = reply.metadata.src_node_id
@@ -97,9 +106,10 @@ class HarmonyStrategy(Strategy):
                 continue
             self.nodes[node] = hello.site
             self._hear(hello.site, reply)
-            self._hidden.discard(hello.site)
-            if hello.weight == "equal":
-                self._hidden.add(hello.site)
+            hidden = set(self.state.hidden) - {hello.site}
+            hidden |= {hello.site} if hello.weight == "equal" else set()
+            if hidden != set(self.state.hidden):
+                self.state = self.state.with_changes(hidden=tuple(sorted(hidden)))
         needed = self.study.federation.min_sites
         if len(self.nodes) < needed:
             why = "; ".join(f"{r.site}: {r.detail}" for r in self.state.refusals if r.round == 0)
@@ -130,7 +140,7 @@ class HarmonyStrategy(Strategy):
         total = WeightedSum(self.schema.numel)
         group: list[Admitted] = []
         admitted: dict[str, tuple[int, float]] = {}
-        size, in_vain = 0, set(self.state.uncounted)
+        size, in_vain, unsaid = 0, set(self.state.uncounted), set[str]()
         for site, verdict in self._verdicts(replies, server_round):
             if isinstance(verdict, Refusal):
                 self._refuse(verdict)
@@ -138,6 +148,7 @@ class HarmonyStrategy(Strategy):
             if verdict.cases is None and self._by_cases:
                 detail = "hides its number of cases, and did not say so when it was greeted"
                 self._refuse(refusal(site, server_round, RefusalReason.BAD_CASE_COUNT, detail))
+                unsaid.add(site)
                 continue
             # A site with a hidden number has one case at least; nothing else is known.
             admitted[site] = (verdict.cases or 1, verdict.norm)
@@ -148,6 +159,8 @@ class HarmonyStrategy(Strategy):
             if len(group) == GROUP:
                 self._add(total, group)
         self._add(total, group)
+        # Greeted again before the next round, it can say so.
+        self.nodes = {n: s for n, s in self.nodes.items() if s not in unsaid}
         self._require_members(server_round, admitted)
         self._require_quorum(server_round, admitted)
         weights = total.apply(self.state.global_)
@@ -174,22 +187,11 @@ class HarmonyStrategy(Strategy):
 
     # --- evaluation ----------------------------------------------------------------------------
 
-    def splits_due(self, round_: int) -> tuple[Split, ...]:
-        """The test split is touched once, after the last round."""
-        every, last = self.study.evaluation.every, self.study.training.rounds
-        shares = self.study.evaluation
-        due: list[Split] = []
-        if shares.validation > 0 and (round_ == last or (every and round_ % every == 0)):
-            due.append("validation")
-        if shares.test > 0 and round_ == last:
-            due.append("test")
-        return tuple(due)
-
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Ask every site to measure the new weights with its own parameters, when it is due."""
-        splits = self.splits_due(server_round)
+        splits = splits_due(self.study, server_round)
         if not splits:
             return []
         order = Instruction(
@@ -297,8 +299,9 @@ class HarmonyStrategy(Strategy):
     @property
     def _by_cases(self) -> bool:
         """One hidden number makes all weights equal: none can then be told from the others."""
-        return self.study.federation.weighting == "cases" and not self._hidden.intersection(
-            self.nodes.values()
+        present = self._members | set(self.nodes.values())
+        return self.study.federation.weighting == "cases" and not present.intersection(
+            self.state.hidden
         )
 
     def _add(self, total: WeightedSum, group: list[Admitted]) -> None:
@@ -367,6 +370,15 @@ class HarmonyStrategy(Strategy):
             self._hear(site, reply)
             yield site, reply
 
+    def _strangers(self, members: set[int]) -> set[int]:
+        """Nodes to be greeted. Once rounds run, a newcomer is not waited for until it comes."""
+        new = members - set(self.nodes)
+        if self._online is None or not self.state.round:
+            return new
+        counted = {site for sites in self.state.counted for site in sites}
+        there = set(self._online())
+        return {node for node in new if self._named(node) in counted or node in there}
+
     def _named(self, node: int) -> str:
         return (self._certified(node) if self._certified is not None else None) or ""
 
@@ -378,11 +390,12 @@ class HarmonyStrategy(Strategy):
 
     def late(self, site: str, round_: int) -> None:
         """An update that came after its round was closed: refused, and recorded as trained."""
+        if round_ > self.state.round or self._counted(round_, site):
+            return  # its round is being asked again, or has counted another copy of it
         detail = "its round was closed without it; the site goes on with the next one"
         self._refuse(refusal(site, round_, RefusalReason.LATE, detail))
-        if not self._counted(round_, site):
-            pairs = {*self.state.uncounted, (round_, site)}
-            self.state = self.state.with_changes(uncounted=tuple(sorted(pairs)))
+        pairs = {*self.state.uncounted, (round_, site)}
+        self.state = self.state.with_changes(uncounted=tuple(sorted(pairs)))
 
     def farewell(self, grid: Grid, *, timeout: float) -> None:
         """Tell every site that the study is over, so that its service can end."""

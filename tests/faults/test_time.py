@@ -13,8 +13,11 @@ import pytest
 from tests.faults.clocks import WrongClock
 from tests.faults.federation import SERVER, SITES, Federation, Undisturbed, joined
 from tests.faults.record import keep
+from uharmony_model.atomic import write_atomic
+from uharmony_server.certificates import server_certificate
 from uharmony_service.keys import lifetime, load_certificate
 
+LIFE_HOURS = 0.05
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.faults]
 
 
@@ -94,9 +97,15 @@ def test_a_coordinator_whose_clock_is_an_hour_off(federation, wanted, tmp_path, 
 
 def test_certificates_that_run_out(wanted: Undisturbed, tmp_path: Path):
     """All of them live three minutes; the study lasts longer."""
-    made = joined(tmp_path / "short", wanted, certificate_hours=0.05)
+    made = joined(tmp_path / "short", wanted, certificate_hours=LIFE_HOURS)
     try:
         files = [made.server / "tls" / "server.pem"]
+        # The coordinator's own was signed before its lifetime was set.
+        ca, key = made.server / "ca", made.server / "tls" / "server.key"
+        short = server_certificate(
+            ca / "ca.key", ca / "ca.pem", key, ["localhost", "127.0.0.1"], LIFE_HOURS
+        )
+        write_atomic(files[0], short)
         files += [made.store(name) / "identity" / "tls.pem" for name in SITES]
         ends = {path: lifetime(load_certificate(path))[1] for path in files}
         made.start_all()

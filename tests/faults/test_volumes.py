@@ -34,6 +34,7 @@ def bad_cases(table: CaseTable, study: Study) -> list[str]:
 
 def run_on_the_others(folder: Path, data: Path, study: Study, bad: list[str]) -> str:
     """The undisturbed run in one process on a table in which the bad cases never were."""
+    folder.mkdir()
     make_sites(study, Simulation.model_validate(SOURCE), data, folder / "sites")
     path = folder / "sites" / "alpha" / "cases.csv"
     # Splits are drawn before cases are taken out, so those of the whole table are written down.

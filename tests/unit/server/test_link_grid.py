@@ -12,7 +12,7 @@ from flwr.common.constant import ErrorCode
 from flwr.supercore.task_identity import TaskIdentity
 
 from uharmony_server import link_grid
-from uharmony_server.link import Arrived, LinkLostError
+from uharmony_server.link import AnswerLostError, Arrived, LinkLostError
 from uharmony_server.link_grid import LinkGrid, Waiting, node_of
 
 KEY = b"key"
@@ -31,6 +31,7 @@ class FakeLink:
     away: int = 0
     lost_fetches: int = 0
     forgotten: int = 0
+    half: set[str] = field(default_factory=set)
     counter: Any = field(default_factory=lambda: itertools.count(1))
 
     def open(self, members):
@@ -65,19 +66,26 @@ class FakeLink:
         self.ready = [a for a in self.ready if a not in found]
         return found
 
-    def fetch(self, arrived):
+    def collect(self, arrived, contents):
         if self.lost_fetches:
             self.lost_fetches -= 1
-            raise LinkLostError("away")
+            raise AnswerLostError("dropped")
+        return arrived.head.metadata.message_id not in self.half
+
+    def assemble(self, arrived, contents):
         return arrived.head
 
     def forget(self, arrived):
         self.forgotten += 1
 
-    def reply(self, message, error=None, text="done"):
+    def reply(self, message, error=None, text="done", half=False):
         """The site answers this message (or SuperLink does, with an error)."""
         content = error or RecordDict({"text": ConfigRecord({"text": text})})
-        self.ready.append(Arrived(Message(content, reply_to=message), None))  # type: ignore[arg-type]
+        answer = Message(content, reply_to=message)
+        answer.metadata.__dict__["_message_id"] = f"r{next(self.counter)}"
+        if half:  # its head is there, its parts are still being sent
+            self.half.add(answer.metadata.message_id)
+        self.ready.append(Arrived(answer, None))  # type: ignore[arg-type]
 
 
 class Watched:
@@ -216,6 +224,54 @@ def test_a_round_closes_at_its_deadline_and_the_late_answer_is_told_once(clock):
     assert grid.take_late() == [("beta", 7)]
     assert grid.take_late() == []
     assert link.forgotten == 1
+
+
+def test_what_came_in_time_counts_though_an_earlier_name_was_waited_for(clock):
+    grid, link, _, _ = make(waiting=Waiting(deadline=60), online={"beta"})
+    clock.at(1, lambda: link.reply(asked(link, "beta")[-1]))
+    found = list(grid.send_and_receive(ask()))
+    assert [site_of(grid, m) for m in found] == ["beta"]
+    assert clock.now >= 60
+
+
+def test_an_upload_that_stands_still_does_not_hold_the_round_past_its_deadline(clock):
+    grid, link, _, _ = make(waiting=Waiting(deadline=60))
+    clock.at(1, lambda: link.reply(asked(link, "alpha")[-1], half=True))
+    clock.at(2, lambda: link.reply(asked(link, "beta")[-1]))
+    found = list(grid.send_and_receive(ask(round_=3)))
+    assert [site_of(grid, m) for m in found] == ["beta"]
+    assert 60 <= clock.now < 62
+    assert grid.take_late() == [("alpha", 3)]  # it has trained
+
+
+def test_an_upload_that_goes_on_is_read_when_it_is_whole(clock):
+    grid, link, _, _ = make(("alpha",))
+    clock.at(1, lambda: link.reply(asked(link, "alpha")[-1], half=True))
+    clock.at(40, lambda: link.half.clear())
+    assert len(list(grid.send_and_receive(ask(("alpha",))))) == 1
+    assert len(link.pushed) == 1
+
+
+def test_a_site_that_still_works_on_a_closed_round_gets_no_other_on_top(clock):
+    grid, link, _, _ = make(("alpha",), waiting=Waiting(deadline=10))
+    for round_ in (1, 2, 3):
+        assert list(grid.send_and_receive(ask(("alpha",), round_))) == []
+    assert len(link.pushed) == 1
+    late = link.pushed[0]
+    clock.at(clock.now + 1, lambda: link.reply(late))
+    clock.at(clock.now + 3, lambda: link.reply(asked(link, "alpha")[-1]))
+    assert len(list(grid.send_and_receive(ask(("alpha",), 4)))) == 1
+    assert grid.take_late() == [("alpha", 1)]
+    assert len(link.pushed) == 2
+
+
+def test_between_rounds_it_registers_who_has_joined_and_says_who_is_there(clock):
+    grid, link, members, watcher = make(("alpha",))
+    members["beta"] = KEY
+    link.connected.add("beta")
+    assert grid.tend() == ["alpha", "beta"]
+    assert watcher.seen[-1] == (set(), {"alpha", "beta"})
+    assert sorted(grid.online()) == sorted([node_of("alpha"), node_of("beta")])
 
 
 def test_a_late_evaluation_is_no_late_update(clock):

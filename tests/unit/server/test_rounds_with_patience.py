@@ -139,15 +139,55 @@ def test_a_site_revoked_while_the_round_is_summed_is_not_in_the_sum(tmp_path):
     assert close(state, two_rounds(SITES[1:]))
 
 
+def test_a_newcomer_is_not_waited_for_until_it_comes(tmp_path):
+    sites = Sites(STUDY)
+    grid = Federation(sites, SITES[:2])
+    there = {"now": [grid.numbers[s] for s in SITES[:2]]}
+    state = run(
+        grid,
+        tmp_path,
+        before_round=at_round_2(lambda: grid.members.add("site-09")),
+        online=lambda: there["now"],
+    )
+    assert ("site-09", "query.hello") not in sites.asked[
+        : sites.asked.index(("site-03", "query.finish"))
+    ]
+    assert state.counted == (SITES[:2], SITES[:2])
+
+
+def test_a_hidden_weight_is_remembered_over_a_restart(tmp_path):
+    study = study_of(norm_bound=1e9)
+    sites = Sites(study)
+    sites.hidden = {"site-09"}
+
+    class StopError(Exception):
+        pass
+
+    def stop():
+        raise StopError
+
+    with pytest.raises(StopError):
+        run(Federation(sites), tmp_path, study, before_round=at_round_2(stop))
+    again = load_latest(tmp_path, study.digest, SCHEMA)
+    assert again is not None
+    assert again.hidden == ("site-09",)
+    # It is a member still, though it cannot be greeted: the others go on weighing equally.
+    sites.silent = {"site-09"}
+    sites.approved = lambda site: study_of(min_sites=2) if site == "site-09" else study
+    state = run(Federation(sites), tmp_path, study)
+    first = expected(BASE, SITES, equal=True).float()
+    assert close(state, expected(first, SITES[:2], equal=True))
+
+
 def test_late_updates_are_refused_and_recorded_as_trained(tmp_path):
     grid = Federation(Sites(STUDY), SITES[:2])
-    late = [[("site-09", 1), ("site-03", 1)], [("site-09", 1)]]
+    late = [[("site-09", 1), ("site-03", 1)], [("site-09", 2)]]
     state = run(grid, tmp_path, late=late.pop)
-    assert {(r.site, r.round, r.reason) for r in state.refusals} == {
-        ("site-09", 1, RefusalReason.LATE),
-        ("site-03", 1, RefusalReason.LATE),
-    }
-    # site-03 was counted in round 1: a second copy of its update changes nothing.
+    # site-03 was counted in round 1: a second copy of its update is not late. And round 2 was
+    # not over when the other one came.
+    assert [(r.site, r.round, r.reason) for r in state.refusals] == [
+        ("site-09", 1, RefusalReason.LATE)
+    ]
     assert state.uncounted == ((1, "site-09"),)
     assert close(state, two_rounds(SITES[:2]))
 
@@ -178,12 +218,12 @@ def test_all_of_it_comes_back_from_the_checkpoint(tmp_path):
     )
 
 
-def test_a_finished_study_says_farewell_once(tmp_path):
+def test_a_finished_study_says_farewell(tmp_path):
     sites = Sites(STUDY)
     grid = Federation(sites)
     run(grid, tmp_path)
     run(grid, tmp_path)
-    assert sites.asked.count(("site-03", "query.finish")) == 1
+    assert sites.asked.count(("site-03", "query.finish")) == 2  # again, in case it was not heard
 
 
 def test_without_patience_a_missed_quorum_is_the_end(tmp_path):

@@ -1,0 +1,17 @@
+"""What a study asks for in which round: both sides know it, so a site can refuse anything else."""
+
+from __future__ import annotations
+
+from uharmony_model.study import Split, Study
+
+
+def splits_due(study: Study, round_: int) -> tuple[Split, ...]:
+    """The splits that are measured after a round; the test split once, after the last."""
+    every, last = study.evaluation.every, study.training.rounds
+    shares = study.evaluation
+    due: list[Split] = []
+    if shares.validation > 0 and (round_ == last or (every and round_ % every == 0)):
+        due.append("validation")
+    if shares.test > 0 and round_ == last:
+        due.append("test")
+    return tuple(due)
