@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 from dataclasses import replace
 
@@ -15,8 +16,8 @@ def main() -> None:
     home = Home.find(sys.argv[1])
     real = service.programs
 
-    def idle(home: Home, address: str, port: int) -> list[Program]:
-        node, site = real(home, address, port)
+    def idle(home: Home, address: str, listener: socket.socket) -> list[Program]:
+        node, site = real(home, address, listener)
         command = (sys.executable, "-m", "benchmarks.idle_site", *site.command[3:])
         return [node, replace(site, command=command)]
 

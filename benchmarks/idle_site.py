@@ -84,7 +84,6 @@ def main() -> None:
         idle_app(home.study(), home.config.name, out, finished),
         f"127.0.0.1:{given.port}",
         read_secret(home.run / "secret"),
-        ca=(home.run / "loopback.pem").read_bytes(),
         done=lambda: bool(finished),
     )
 

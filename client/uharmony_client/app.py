@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -10,9 +11,11 @@ import typer
 from rich.console import Console
 
 from uharmony_client.home import Home
+from uharmony_client.site_config import SiteConfig
 from uharmony_model.atomic import write_atomic
 from uharmony_model.errors import ConfigError, StoreError
 from uharmony_model.exchange.joining import JoinCode
+from uharmony_model.frozen import parse
 from uharmony_model.study import Study, load_study
 from uharmony_service.command_line import run as run_command
 
@@ -80,10 +83,11 @@ def init(
     target = Path(name) / "site.yaml"
     if target.exists():
         raise ConfigError(f"{target}: exists; edit it, or choose another --site")
+    # Quoted as JSON, which YAML reads too: a path may hold any character.
+    places = {"cases": str(cases.absolute()), "store": str(store.absolute()) if store else "store"}
+    parse(SiteConfig, {"name": name, **places}, f"--site {name!r:.80}")
+    text = _TEMPLATE.format(name=name, **{key: json.dumps(path) for key, path in places.items()})
     target.parent.mkdir(parents=True, exist_ok=True)
-    text = _TEMPLATE.format(
-        name=name, cases=cases.absolute(), store=store.absolute() if store else "store"
-    )
     write_atomic(target, text.encode())
     Home.find(str(target))
     print(f"wrote {target}; next: uharmony-client --site {name} check")
@@ -260,7 +264,7 @@ def restore(context: typer.Context, archive: Annotated[Path, typer.Argument()]) 
 def leave(
     context: typer.Context,
     purge: Annotated[
-        bool, typer.Option("--purge", help="delete this study's generations, models and identity")
+        bool, typer.Option("--purge", help="delete all generations, models and evaluations here")
     ] = False,
 ) -> None:
     """Leave the study: the coordinator shuts this site out. The ledger always stays."""

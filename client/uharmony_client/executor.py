@@ -30,15 +30,11 @@ def execute_tasks(
     address: str,
     secret: str,
     *,
-    ca: bytes | None = None,
     done: Callable[[], bool] = lambda: False,
     idle: Callable[[], None] = lambda: None,
 ) -> None:
-    """Do one task after the other from the SuperNode at `address` until `done()` says so.
-
-    `ca` is the certificate that the SuperNode must show (PEM); without one there is no TLS.
-    """
-    with connect(address, secret, component=COMPONENT, ca=ca, patience=0.0) as client:
+    """Do one task after the other from the SuperNode at `address` until `done()` says so."""
+    with connect(address, secret, component=COMPONENT, patience=0.0) as client:
         while not done():
             try:
                 token = acquire(client, TaskType.CLIENT_APP)
@@ -46,16 +42,16 @@ def execute_tasks(
                 time.sleep(AWAY_SECONDS)  # the SuperNode is being started
                 continue
             if token:
-                _do(app, address, secret, ca, token)
+                _do(app, address, secret, token)
             else:
                 idle()
                 time.sleep(IDLE_SECONDS)
 
 
-def _do(app: ClientAppLike, address: str, secret: str, ca: bytes | None, token: str) -> None:
+def _do(app: ClientAppLike, address: str, secret: str, token: str) -> None:
     """One task. What goes wrong between the two processes costs this answer, never the work."""
     try:
-        client = connect(address, secret, component=COMPONENT, token=token, ca=ca)
+        client = connect(address, secret, component=COMPONENT, token=token)
         with Claim(client) as claim:
             message = claim.receive()
             claim.answer(app(message, claim.context))

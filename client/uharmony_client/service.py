@@ -7,6 +7,7 @@ gone, asks again, and is answered from the store.
 
 from __future__ import annotations
 
+import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -14,9 +15,8 @@ from collections.abc import Callable, Mapping
 from uharmony_client.home import Home
 from uharmony_client.joining import renew
 from uharmony_model.errors import ExchangeError, StoreError
-from uharmony_service.certificate_parts import renew_loopback_certificate
 from uharmony_service.health import Health
-from uharmony_service.loopback import free_port, write_secret
+from uharmony_service.loopback import write_secret
 from uharmony_service.supervision import QUIET, Program, Supervisor
 
 _RENEWAL_SECONDS = 30.0
@@ -32,11 +32,11 @@ def serve(home: Home, *, health_port: int | None = None, say: Callable[[str], No
     home.study()
     with home.only_one():
         write_secret(home.run / "secret")
-        renew_loopback_certificate(home.run / "loopback.key", home.run / "loopback.pem")
         due = time.monotonic() + _RENEWAL_SECONDS
 
-        def tick(restarts: Mapping[str, int]) -> None:
+        def tick(running: Mapping[str, bool]) -> None:
             nonlocal due
+            health.say(running=all(running.values()))
             if time.monotonic() < due:
                 return
             due = time.monotonic() + _RENEWAL_SECONDS
@@ -47,16 +47,17 @@ def serve(home: Home, *, health_port: int | None = None, say: Callable[[str], No
             except (ExchangeError, StoreError) as error:  # a full disk passes; it is tried again
                 say(f"the certificate was not renewed: {error}")
 
-        port = free_port()
-        supervisor = Supervisor(
-            programs(home, membership.address, port), home.log, on_tick=tick, say=say
-        )
-        with Health(health_port):
+        # The port is ours from here to the end: nobody else can open it while SuperNode restarts.
+        with socket.create_server(("127.0.0.1", 0)) as listener, Health(health_port) as health:
+            supervisor = Supervisor(
+                programs(home, membership.address, listener), home.log, on_tick=tick, say=say
+            )
             return supervisor.run()
 
 
-def programs(home: Home, address: str, port: int) -> list[Program]:
-    """The SuperNode and the site process, on this loopback port."""
+def programs(home: Home, address: str, listener: socket.socket) -> list[Program]:
+    """The SuperNode, which serves the loopback socket, and the site process, which asks it."""
+    port: int = listener.getsockname()[1]
     python = sys.executable
     environment = {**QUIET, "FLWR_HOME": str(home.run / "flower")}
     threads = home.config.resources.threads
@@ -66,10 +67,15 @@ def programs(home: Home, address: str, port: int) -> list[Program]:
         "--coordinator", address,
         "--identity", str(home.identity.folder),
         "--run", str(home.run),
-        "--port", str(port),
+        "--socket", str(listener.fileno()),
     )  # fmt: skip
     return [
-        Program("supernode", (python, "-m", "uharmony_client.supernode", *node), environment),
+        Program(
+            "supernode",
+            (python, "-m", "uharmony_client.supernode", *node),
+            environment,
+            keeps=(listener.fileno(),),
+        ),
         Program(
             "site",
             (python, "-m", "uharmony_client.site_process", str(home.source), str(port)),

@@ -72,7 +72,6 @@ def work(home: Home, port: int) -> None:
         app,
         f"127.0.0.1:{port}",
         read_secret(home.run / "secret"),
-        ca=(home.run / "loopback.pem").read_bytes(),
         done=lambda: bool(finished),
         idle=board.idle,
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 import ssl
 import sys
 import time
@@ -26,6 +27,7 @@ import flwr.supernode.main as runtime_api
 import flwr.supernode.node_auth_http_interceptor as node_auth
 import flwr.supernode.start_client_internal as main_loop
 import httpx
+import uvicorn
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.common.constant import Status, SubStatus
@@ -211,6 +213,12 @@ def adapt(
         setattr(module, name, replacement)
 
 
+def _serve_on(listener: socket.socket) -> None:
+    """Let SuperNode's local API use a socket that the service has opened."""
+    run = uvicorn.Server.run
+    uvicorn.Server.run = lambda server: run(server, sockets=[listener])  # type: ignore[assignment,method-assign,misc]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """`python -m uharmony_client.supernode`: started by the service, not by hand."""
     end_with_parent()
@@ -219,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--coordinator", required=True)
     parser.add_argument("--identity", type=Path, required=True)
     parser.add_argument("--run", type=Path, required=True)
-    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--socket", type=int, required=True, help="a listening loopback socket")
     given = parser.parse_args(arguments)
 
     identity: Path = given.identity
@@ -232,6 +240,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return local_now() + offset
 
     adapt(secret, given.run / "node", client_class=client_class, now=coordinator_now)
+    listener = socket.socket(fileno=given.socket)
+    _serve_on(listener)
     key = load_ssh_private_key((identity / "node.key").read_bytes(), None)
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         sys.exit("node.key is no key of an elliptic curve; join again")
@@ -242,11 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--superlink", given.coordinator,
         "--root-certificates", str(identity / "ca.pem"),
         "--auth-supernode-private-key", str(identity / "node.key"),
-        "--host", "127.0.0.1", "--port", str(given.port),
-        # Whoever else might open this port first cannot show the certificate of this start.
-        "--ssl-certfile", str(given.run / "loopback.pem"),
-        "--ssl-keyfile", str(given.run / "loopback.key"),
-        "--ssl-ca-certfile", str(given.run / "loopback.pem"),
+        "--host", "127.0.0.1", "--port", str(listener.getsockname()[1]),
     ]  # fmt: skip
     flower_supernode()
 

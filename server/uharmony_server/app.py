@@ -91,7 +91,8 @@ def start(
     if board is not None and board.state == "finished":
         print("this study is finished; its report and model are written again", flush=True)
     code = serve(opened, health_port=health_port, say=lambda text: print(text, flush=True))
-    if code == 0 and (opened.path / "report.html").is_file():
+    board = read_board(opened.run / "status.json")
+    if code == 0 and board is not None and board.state == "finished":
         print(f"report {opened.path / 'report.html'}", flush=True)
     sys.exit(code)
 
@@ -131,8 +132,10 @@ def resume(folder: Folder = HERE) -> None:
 def revoke(site: Annotated[str, typer.Argument()], folder: Folder = HERE) -> None:
     """Shut a site out for good, within a second, also in the middle of a round."""
     opened = ServerFolder.open(folder)
-    Registry(opened.invites, opened.sites).revoke(site)
-    print(f"{site} is revoked; a new invitation lets it join again with new keys")
+    if Registry(opened.invites, opened.sites).revoke(site) is None:
+        print(f"{site} had not joined; its invitation is withdrawn")
+    else:
+        print(f"{site} is revoked; a new invitation lets it join again with new keys")
 
 
 @app.command()

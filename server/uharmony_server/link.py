@@ -10,9 +10,11 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+import threading
 import time
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +68,7 @@ log = logging.getLogger(__name__)
 COMPONENT = "flwr-serverapp"
 _PATIENCE_SECONDS = 3.0
 _RESTART_SECONDS = 120.0
+_PULLS = 2  # parts of an answer that are fetched at a time
 _NODE = Node(node_id=SUPERLINK_NODE_ID)
 
 
@@ -171,17 +174,27 @@ class LinkSession:
             LinkLostError: SuperLink is away.
         """
         with self._asking() as claim:
-            for part in iterate_object_tree(arrived.tree):
-                if part.object_id in contents:
-                    continue
+            wanted = {p.object_id for p in iterate_object_tree(arrived.tree)} - set(contents)
+            stopped = threading.Event()
+
+            def pull(identifier: str) -> None:
+                if stopped.is_set():
+                    return
                 found = claim.client.PullObject(
-                    PullObjectRequest(node=_NODE, run_id=claim.run.run_id, object_id=part.object_id)
+                    PullObjectRequest(node=_NODE, run_id=claim.run.run_id, object_id=identifier)
                 )
                 if not found.object_found:
                     raise AnswerLostError("a part of the answer was dropped")
-                if not found.object_available:
-                    return False
-                contents[part.object_id] = found.object_content
+                if found.object_available:
+                    contents[identifier] = found.object_content
+                else:
+                    stopped.set()
+
+            with ThreadPoolExecutor(_PULLS) as pool:
+                for done in [pool.submit(pull, identifier) for identifier in sorted(wanted)]:
+                    done.result()
+            if stopped.is_set():
+                return False
             self._forget(claim, arrived)
         return True
 

@@ -167,16 +167,22 @@ class Registry:
             self._write(self._sites, record)
             return record
 
-    def revoke(self, site: str) -> Enrolment:
+    def revoke(self, site: str) -> Enrolment | None:
         """Shut a site out, from the gateway's next look at the records; again changes nothing.
 
+        None when it had not joined yet: then its invitation is withdrawn.
+
         Raises:
-            ConfigError: no such site is enrolled.
+            ConfigError: no such site is enrolled or invited.
             StoreError: a record is damaged or cannot be written.
         """
         with self._writing():
-            (self._invites / f"{_safe(site)}.json").unlink(missing_ok=True)
+            invite = self._invites / f"{_safe(site)}.json"
+            invited = invite.is_file()
+            invite.unlink(missing_ok=True)
             record = self.enrolments().get(site)
+            if record is None and invited:
+                return None
             if record is None:
                 known = ", ".join(sorted(self.enrolments())) or "none"
                 raise ConfigError(f"site {site!r:.80} is not enrolled; enrolled: {known}")

@@ -36,8 +36,9 @@ def serve(
         registrar = Registrar(folder)
         due = 0.0
 
-        def tick(restarts: Mapping[str, int]) -> None:
+        def tick(running: Mapping[str, bool]) -> None:
             nonlocal due
+            health.say(running=all(running.values()))
             with suppress(StoreError):  # a full disk: the request stays and is answered later
                 registrar.handle_pending()
             if time.monotonic() >= due:
@@ -48,7 +49,7 @@ def serve(
 
         port = free_port()
         supervisor = Supervisor(programs(folder, port), folder.log, on_tick=tick, say=say)
-        with Health(health_port):
+        with Health(health_port) as health:
             return supervisor.run()
 
 

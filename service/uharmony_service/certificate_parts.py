@@ -22,17 +22,6 @@ BACKDATED = datetime.timedelta(hours=24)
 TEN_YEARS = datetime.timedelta(days=3652)
 
 
-def renew_loopback_certificate(key_file: Path, certificate_file: Path) -> None:
-    """Make the certificate of a service's start; what an earlier start left is removed.
-
-    Raises:
-        StoreError: a file cannot be written.
-    """
-    key_file.unlink(missing_ok=True)
-    certificate_file.unlink(missing_ok=True)
-    make_loopback_certificate(key_file, certificate_file)
-
-
 def make_loopback_certificate(key_file: Path, certificate_file: Path) -> None:
     """Make a certificate which vouches for itself and names only loopback.
 

@@ -35,13 +35,17 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class Program:
-    """One child. Exit code 0 of a `main` program ends the service; `together` restarts with it."""
+    """One child. Exit code 0 of a `main` program ends the service; `together` restarts with it.
+
+    `keeps` are file descriptors that the child inherits.
+    """
 
     name: str
     command: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)
     main: bool = False
     together: tuple[str, ...] = ()
+    keeps: tuple[int, ...] = ()
     first_pause: float = 0.5
 
 
@@ -49,7 +53,6 @@ class _Child:
     def __init__(self, program: Program, log: Path) -> None:
         self.program, self.log = program, log
         self.process: subprocess.Popen[bytes] | None = None
-        self.restarts = 0
         self.pause = program.first_pause
         self.due = 0.0
         self.started = 0.0
@@ -65,6 +68,7 @@ class _Child:
                 stdout=descriptor,
                 stderr=descriptor,
                 env={**os.environ, **self.program.environment, "UHARMONY_PARENT": str(os.getpid())},
+                pass_fds=self.program.keeps,
                 start_new_session=True,  # a Ctrl-C is for the parent, who ends them in order
             )
         finally:
@@ -86,7 +90,6 @@ class _Child:
             self.pause = self.program.first_pause
         self.due = time.monotonic() + self.pause
         self.pause = min(2 * self.pause, _LONGEST_PAUSE)
-        self.restarts += 1
 
     def stop(self) -> None:
         if self.process is None:
@@ -101,20 +104,22 @@ class _Child:
 
 
 class Supervisor:
-    """Runs programs until a main one is done, one fails for good, or a signal asks to stop."""
+    """Runs programs until a main one is done, one fails for good, or a signal asks to stop.
+
+    `on_tick` is called ten times a second with the names of the programs and whether they run.
+    """
 
     def __init__(
         self,
         programs: Sequence[Program],
         logs: Path,
         *,
-        on_tick: Callable[[Mapping[str, int]], None] | None = None,
+        on_tick: Callable[[Mapping[str, bool]], None] | None = None,
         say: Callable[[str], None] = print,
-        grace: float = 0.0,
     ) -> None:
         logs.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._children = {p.name: _Child(p, logs / f"{p.name}.log") for p in programs}
-        self._on_tick, self._say, self._grace = on_tick, say, grace
+        self._on_tick, self._say = on_tick, say
         self._asked = False
 
     def run(self) -> int:
@@ -126,11 +131,10 @@ class Supervisor:
         before = {s: signal.signal(s, self._remember) for s in (signal.SIGTERM, signal.SIGINT)}
         try:
             for child in self._children.values():
-                child.start()
+                self._start(child)
             while not self._asked:
                 code = self._turn()
                 if code is not None:
-                    time.sleep(self._grace if code == 0 else 0.0)
                     return code
                 time.sleep(_TICK_SECONDS)
             return 0
@@ -139,12 +143,6 @@ class Supervisor:
                 child.stop()
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-    def restart(self, name: str) -> None:
-        """Stop a program and start it again at once."""
-        child = self._children[name]
-        child.stop()
-        child.due = 0.0
 
     def _turn(self) -> int | None:
         for child in self._children.values():
@@ -164,10 +162,17 @@ class Supervisor:
                     self._children[name].stop()
                     self._children[name].due = child.due
             if child.process is None and time.monotonic() >= child.due:
-                child.start()
+                self._start(child)
         if self._on_tick is not None:
-            self._on_tick({n: c.restarts for n, c in self._children.items()})
+            self._on_tick({n: c.process is not None for n, c in self._children.items()})
         return None
+
+    def _start(self, child: _Child) -> None:
+        try:
+            child.start()
+        except OSError as error:  # no memory, no room for a log: that passes
+            child.plan_restart()
+            self._say(f"{child.program.name} could not be started ({error}); trying again")
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self._asked = True

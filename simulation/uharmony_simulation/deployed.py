@@ -160,6 +160,12 @@ class Deployment:
         while (code := self.processes["server"].poll()) is None:
             if time.monotonic() > end:
                 raise ExchangeError(f"the service did not end; see {self.server / 'log'}")
+            for name, process in self.processes.items():
+                if name != "server" and process.poll():
+                    raise ExchangeError(
+                        f"the service of site {name} ended with {process.returncode}; see "
+                        f"{self.folder / name}.log"
+                    )
             if on_round is not None and self.round() > shown:
                 shown = self.round()
                 on_round(shown)

@@ -270,13 +270,24 @@ def test_no_two_sites_share_a_key(registry: Registry, key: str):
     registry.redeem(token, enrolment("valley", 2))
 
 
+def test_revoking_who_has_not_joined_withdraws_the_invitation(registry: Registry):
+    token, _ = registry.invite("north", 1)
+    assert registry.revoke("north") is None
+    with pytest.raises(ExchangeError, match="unknown here"):
+        registry.redeem(token, enrolment("north", 1))
+    with pytest.raises(ConfigError):
+        registry.revoke("north")
+
+
 def test_revoking_ends_the_key_but_not_the_site(registry: Registry):
     registry.redeem(registry.invite("north", 1)[0], enrolment("north", 1))
     before = registry.signature()
     open_token, _ = registry.invite("north", 1)
-    revoked = registry.revoke("north").revoked_at
+    revoked = registry.revoke("north")
+    assert revoked is not None
+    assert revoked.revoked_at is not None
     assert registry.signature() != before
-    assert registry.revoke("north").revoked_at == revoked
+    assert registry.revoke("north") == revoked
     with pytest.raises(ExchangeError, match="unknown here"):
         registry.redeem(open_token, enrolment("north", 2))
     token, _ = registry.invite("north", 1)

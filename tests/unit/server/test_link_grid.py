@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
+from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.task_identity import TaskIdentity
 
 from uharmony_server import link_grid
-from uharmony_server.link import AnswerLostError, Arrived, LinkLostError
+from uharmony_server.link import AnswerLostError, Arrived, LinkLostError, LinkSession
 from uharmony_server.link_grid import LinkGrid, Waiting, node_of
 
 KEY = b"key"
@@ -308,3 +309,15 @@ def test_a_site_that_is_revoked_in_a_round_is_not_waited_for(clock):
 def test_numbers_depend_on_names_alone():
     assert node_of("alpha") == node_of("alpha") != node_of("beta")
     assert 0 < node_of("alpha") < 2**63
+
+
+def test_an_answer_that_cannot_be_read_is_the_error_of_that_site_alone(clock):
+    answer = Message(RecordDict(), reply_to=ask(("alpha",))[0])
+    answer.metadata.__dict__["_message_id"] = "r1"
+    for contents in ({}, {"x": b""}, {"x": b"Message  3\0abc"}, {"x": b"Message  0\0"}):
+        arrived = Arrived(answer, ObjectTree(object_id="x"))
+        found = LinkSession.assemble(arrived, dict(contents))
+        assert found.has_error()
+        assert "cannot be read" in str(found.error.reason)
+        assert found.error.code not in link_grid.GONE
+        assert found.metadata.reply_to_message_id == answer.metadata.reply_to_message_id

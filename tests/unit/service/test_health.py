@@ -4,6 +4,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from uharmony_model.errors import ConfigError
 from uharmony_service.health import Health
 from uharmony_service.loopback import free_port
 
@@ -18,8 +19,12 @@ def probe(port: int) -> int:
 
 def test_a_probe_is_answered_while_the_service_runs_and_not_after():
     port = free_port()
-    with Health(port):
+    with Health(port) as health:
         assert probe(port) == health_pb2.HealthCheckResponse.SERVING
+        health.say(running=False)
+        assert probe(port) == health_pb2.HealthCheckResponse.NOT_SERVING
+        with pytest.raises(ConfigError, match=f"{port}.*in use"):
+            Health(port)
     with pytest.raises(grpc.RpcError):
         probe(port)
 
