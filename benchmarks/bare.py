@@ -18,8 +18,6 @@ from typing import Any
 import httpx
 import torch
 from flwr.proto.control_pb2 import ListNodesRequest
-from flwr.supercore.control import ControlHttpClient
-from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from benchmarks.idle_site import idle_app
@@ -33,7 +31,6 @@ from uharmony_server.link import LinkSession
 from uharmony_server.link_grid import LinkGrid, Waiting
 from uharmony_server.rounds import Patience, run_rounds
 from uharmony_service.loopback import SecretInterceptor, free_port, guarded
-from uharmony_service.runtime import connect
 
 SECRET = "bare"  # noqa: S105 - nothing is protected here
 
@@ -64,17 +61,6 @@ class BareLink(LinkSession):
         except httpx.HTTPError:  # SuperLink is starting
             return set()
 
-    def _client(self, token: str = "") -> Any:
-        return connect(self._address, SECRET, component="flwr-serverapp", token=token)
-
-    def _control(self, request: Any) -> Any:
-        version = RuntimeVersionHttpInterceptor(component_name="flwr-cli")
-        interceptors: list[Any] = [version, SecretInterceptor(SECRET)]
-        with ControlHttpClient.from_server_address(
-            self._address, True, None, interceptors
-        ) as client:
-            return getattr(client, type(request).__name__.removesuffix("Request"))(request)
-
 
 def seconds_a_round(study: Study, sites: tuple[str, ...], folder: Path) -> float:
     """Median seconds between checkpoints; the first round, which warms up, is left out."""
@@ -89,7 +75,7 @@ def seconds_a_round(study: Study, sites: tuple[str, ...], folder: Path) -> float
 
     try:
         start("superlink", str(port))
-        link = BareLink(f"127.0.0.1:{port}", SECRET, b"")
+        link = BareLink(f"127.0.0.1:{port}", SECRET)
         link.numbers = {}
         for site in sites:
             own = free_port()

@@ -16,7 +16,7 @@ from uharmony_client.home import Home
 from uharmony_client.joining import renew
 from uharmony_model.errors import ExchangeError, StoreError
 from uharmony_service.health import Health
-from uharmony_service.loopback import write_secret
+from uharmony_service.loopback import listen, write_secret
 from uharmony_service.supervision import QUIET, Program, Supervisor
 
 _RENEWAL_SECONDS = 30.0
@@ -47,8 +47,7 @@ def serve(home: Home, *, health_port: int | None = None, say: Callable[[str], No
             except (ExchangeError, StoreError) as error:  # a full disk passes; it is tried again
                 say(f"the certificate was not renewed: {error}")
 
-        # The port is ours from here to the end: nobody else can open it while SuperNode restarts.
-        with socket.create_server(("127.0.0.1", 0)) as listener, Health(health_port) as health:
+        with listen() as listener, Health(health_port) as health:
             supervisor = Supervisor(
                 programs(home, membership.address, listener), home.log, on_tick=tick, say=say
             )

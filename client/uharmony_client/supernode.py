@@ -27,7 +27,6 @@ import flwr.supernode.main as runtime_api
 import flwr.supernode.node_auth_http_interceptor as node_auth
 import flwr.supernode.start_client_internal as main_loop
 import httpx
-import uvicorn
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.common.constant import Status, SubStatus
@@ -42,7 +41,7 @@ from flwr.supernode.nodestate import NodeState
 from uharmony_client.joining import clock_offset
 from uharmony_model.atomic import write_atomic
 from uharmony_model.errors import ConfigError, ExchangeError
-from uharmony_service.loopback import guarded, read_secret
+from uharmony_service.loopback import guarded, read_secret, serve_on
 from uharmony_service.runtime import FLOWER, OBJECT_POLL_SECONDS, require_flower
 from uharmony_service.supervision import end_with_parent
 
@@ -213,12 +212,6 @@ def adapt(
         setattr(module, name, replacement)
 
 
-def _serve_on(listener: socket.socket) -> None:
-    """Let SuperNode's local API use a socket that the service has opened."""
-    run = uvicorn.Server.run
-    uvicorn.Server.run = lambda server: run(server, sockets=[listener])  # type: ignore[assignment,method-assign,misc]
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """`python -m uharmony_client.supernode`: started by the service, not by hand."""
     end_with_parent()
@@ -241,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     adapt(secret, given.run / "node", client_class=client_class, now=coordinator_now)
     listener = socket.socket(fileno=given.socket)
-    _serve_on(listener)
+    serve_on(listener)
     key = load_ssh_private_key((identity / "node.key").read_bytes(), None)
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         sys.exit("node.key is no key of an elliptic curve; join again")

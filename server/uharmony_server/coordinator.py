@@ -75,7 +75,6 @@ def coordinate(folder: ServerFolder, port: int) -> Checkpoint:
     link = LinkSession(
         f"127.0.0.1:{port}",
         read_secret(folder.superexec_secret),
-        folder.loopback_certificate.read_bytes(),
     )
     deadline = folder.config.deadline_minutes
     absent = folder.config.absent_minutes

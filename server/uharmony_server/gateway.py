@@ -56,7 +56,6 @@ class Gateway:
             OwnPaths(folder, access),
             Upstream(
                 upstream_port,
-                folder.loopback_certificate,
                 config.max_body_bytes,
                 read_secret(folder.superexec_secret),
             ),

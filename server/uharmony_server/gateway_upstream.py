@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ssl
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import h11
 
@@ -44,13 +42,10 @@ class _Link:
 class Upstream:
     """SuperLink, at a port of this machine."""
 
-    def __init__(self, port: int, certificate: Path, max_bytes: int, secret: str) -> None:
+    def __init__(self, port: int, max_bytes: int, secret: str) -> None:
         self._port = port
         self._secret = (SECRET_HEADER.encode(), secret.encode())
         self._max_bytes = max_bytes
-        self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        self._context.minimum_version = ssl.TLSVersion.TLSv1_3
-        self._context.load_verify_locations(certificate)
         self._kept: list[_Link] = []
         self._open = asyncio.Semaphore(MAX_OPEN)
 
@@ -70,7 +65,6 @@ class Upstream:
                 try:
                     return await self._exchange(await self._connect(), target, headers, body)
                 except (_Stale, OSError) as error:
-                    # SSLError is an OSError: a foreign process on the port is no SuperLink.
                     raise Refused(503, "upstream-down", "not ready; try again") from error
         except TimeoutError:
             raise Refused(504, "upstream-slow", "no answer in time; try again") from None
@@ -92,12 +86,7 @@ class Upstream:
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
                 reader, writer = await asyncio.open_connection(
-                    "127.0.0.1",
-                    self._port,
-                    ssl=self._context,
-                    server_hostname="127.0.0.1",
-                    limit=READ_BYTES,
-                    ssl_shutdown_timeout=1.0,
+                    "127.0.0.1", self._port, limit=READ_BYTES
                 )
         except TimeoutError:
             raise Refused(503, "upstream-down", "not ready; try again") from None

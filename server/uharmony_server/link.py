@@ -91,8 +91,8 @@ class Arrived:
 class LinkSession:
     """One run at SuperLink. `members` maps each site to its node key (PEM bytes)."""
 
-    def __init__(self, address: str, secret: str, ca: bytes) -> None:
-        self._address, self._secret, self._ca = address, secret, ca
+    def __init__(self, address: str, secret: str) -> None:
+        self._address, self._secret = address, secret
         self._claim: Claim | None = None
         self._keys: dict[str, bytes] = {}
         self.nodes: dict[str, int] = {}
@@ -272,15 +272,14 @@ class LinkSession:
             self._secret,
             component=COMPONENT,
             token=token,
-            ca=self._ca,
             patience=_PATIENCE_SECONDS,
         )
 
     def _control(self, request: Any) -> Any:
         with ControlHttpClient.from_server_address(
             self._address,
-            False,
-            self._ca,
+            True,  # plain HTTP: this is loopback
+            None,
             [
                 RuntimeVersionHttpInterceptor(component_name="flwr-cli"),
                 SecretInterceptor(self._secret),

@@ -6,6 +6,7 @@ puts into the folder, and renews certificates before they run out.
 
 from __future__ import annotations
 
+import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -16,7 +17,7 @@ from uharmony_server.registrar import Registrar
 from uharmony_server.server_folder import ServerFolder
 from uharmony_service.health import Health
 from uharmony_service.lock import only_one
-from uharmony_service.loopback import free_port, write_secret
+from uharmony_service.loopback import listen, write_secret
 from uharmony_service.supervision import QUIET, Program, Supervisor
 
 _RENEWAL_SECONDS = 60.0
@@ -47,23 +48,28 @@ def serve(
                     if folder.renew_certificate():
                         say("the coordinator's certificate was renewed")
 
-        port = free_port()
-        supervisor = Supervisor(programs(folder, port), folder.log, on_tick=tick, say=say)
-        with Health(health_port) as health:
+        with listen() as listener, Health(health_port) as health:
+            supervisor = Supervisor(programs(folder, listener), folder.log, on_tick=tick, say=say)
             return supervisor.run()
 
 
-def programs(folder: ServerFolder, port: int) -> list[Program]:
-    """SuperLink on this loopback port, the gateway, the rounds."""
+def programs(folder: ServerFolder, listener: socket.socket) -> list[Program]:
+    """SuperLink, which serves the loopback socket, the gateway, the rounds."""
+    port: int = listener.getsockname()[1]
     python, where = sys.executable, str(folder.path)
     environment = {**QUIET, "OMP_NUM_THREADS": "1", "FLWR_HOME": str(folder.run / "flower")}
     superlink = (
-        "--port", str(port),
+        "--socket", str(listener.fileno()),
         "--tls", str(folder.loopback_key.parent),
         "--secret", str(folder.superexec_secret),
     )  # fmt: skip
     return [
-        Program("superlink", (python, "-m", "uharmony_server.superlink", *superlink), environment),
+        Program(
+            "superlink",
+            (python, "-m", "uharmony_server.superlink", *superlink),
+            environment,
+            keeps=(listener.fileno(),),
+        ),
         Program(
             "gateway", (python, "-m", "uharmony_server.gateway", where, str(port)), environment
         ),

@@ -7,6 +7,7 @@ coordinator registers the sites' keys again. In memory it is also several times 
 from __future__ import annotations
 
 import argparse
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ import flwr.superlink.main as superlink_api
 import uvicorn
 from flwr.superlink.cli import flower_superlink
 
-from uharmony_service.loopback import guarded, read_secret
+from uharmony_service.loopback import guarded, read_secret, serve_on
 from uharmony_service.runtime import require_flower
 from uharmony_service.supervision import end_with_parent
 
@@ -25,9 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     end_with_parent()
     require_flower()
     parser = argparse.ArgumentParser()
-    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--socket", type=int, required=True, help="a listening loopback socket")
     parser.add_argument(
-        "--tls", type=Path, required=True, help="folder of the loopback certificate"
+        "--tls", type=Path, required=True, help="folder of a certificate that Flower wants to see"
     )
     parser.add_argument("--secret", type=Path, required=True)
     given = parser.parse_args(arguments)
@@ -35,13 +36,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     secret = read_secret(given.secret)
     create_app = superlink_api.create_app
     superlink_api.create_app = lambda *a: guarded(create_app(*a), secret)  # type: ignore[assignment]
-    # One line a request would be thousands an hour.
+    # The gateway has ended TLS. On loopback, behind the secret and on a socket that nobody else can
+    # open, encrypting once more took a third of a large round. One line a request is no log.
     run = uvicorn.run
-    uvicorn.run = lambda **settings: run(**{**settings, "access_log": False})
+    plain = {"access_log": False, "ssl_certfile": None, "ssl_keyfile": None}
+    uvicorn.run = lambda **settings: run(**{**settings, **plain})
+    listener = socket.socket(fileno=given.socket)
+    serve_on(listener)
+    # Without a certificate Flower does not switch the authentication of nodes on.
     certificate = str(given.tls / "loopback.pem")
     sys.argv = [
         "flower-superlink", "--isolation", "process",
-        "--host", "127.0.0.1", "--port", str(given.port),
+        "--host", "127.0.0.1", "--port", str(listener.getsockname()[1]),
         "--ssl-ca-certfile", certificate,
         "--ssl-certfile", certificate,
         "--ssl-keyfile", str(given.tls / "loopback.key"),

@@ -38,6 +38,27 @@ def read_secret(path: Path) -> str:
     return path.read_text(encoding="ascii").strip()
 
 
+def listen() -> socket.socket:
+    """A listening socket on a port that is ours as long as this process lives.
+
+    Nobody else can open the port while the program that serves it is started again, so what is
+    sent there, the secret too, meets nobody else.
+    """
+    return socket.create_server(("127.0.0.1", 0), backlog=256)
+
+
+def serve_on(listener: socket.socket) -> None:
+    """Let the web server of this process use a socket that its service has opened."""
+    import uvicorn  # both launchers have loaded it already
+
+    run = uvicorn.Server.run
+
+    def on_listener(self: uvicorn.Server, sockets: list[socket.socket] | None = None) -> None:
+        run(self, sockets=[listener])
+
+    uvicorn.Server.run = on_listener  # type: ignore[method-assign]
+
+
 def free_port() -> int:
     """A port of the loopback interface that nobody uses now."""
     with socket.socket() as probe:

@@ -7,7 +7,6 @@ import contextlib
 import datetime
 import http.client
 import os
-import shutil
 import socket
 import ssl
 import subprocess
@@ -514,17 +513,6 @@ def test_server_certificate_is_reloaded(scene: Scene):
     assert wait_until(lambda: shown() == ssl.PEM_cert_to_DER_cert(new.decode()))
 
 
-def test_superlinks_certificate_passes_the_strict_check(scene: Scene):
-    folder = scene.town.folder
-    context = ssl.create_default_context(cafile=str(folder.loopback_certificate))
-    context.verify_flags |= ssl.VERIFY_X509_STRICT
-    with (
-        socket.create_connection(("127.0.0.1", scene.town.upstream_port), timeout=5) as plain,
-        context.wrap_socket(plain, server_hostname="localhost") as connection,
-    ):
-        assert connection.version() == "TLSv1.3"
-
-
 @pytest.mark.slow
 @pytest.mark.e2e
 def test_as_a_process_it_ends_cleanly_on_sigterm(tmp_path: Path):
@@ -573,19 +561,6 @@ def test_superlink_down_then_back(tmp_path: Path):
             assert here.call(*call).status == 200
             superlink.close()
             assert here.call(*call).status == 503
-
-
-def test_superlink_with_a_foreign_certificate_is_not_trusted(tmp_path: Path):
-    with town(tmp_path) as here:
-        north = here.join("north", tmp_path / "north")
-        copy = tmp_path / "foreign"
-        shutil.copytree(here.folder.path, copy)
-        shutil.copy(here.folder.tls_key, copy / "loopback" / "loopback.key")
-        shutil.copy(here.folder.tls_certificate, copy / "loopback" / "loopback.pem")
-        superlink = FakeSuperLink(type(here.folder).open(copy), here.upstream_port)
-        assert here.call(north.context(), PULL, b"x", node_headers(north)).status == 503
-        superlink.close()
-        assert superlink.seen == []
 
 
 @pytest.mark.slow

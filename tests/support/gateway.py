@@ -87,12 +87,7 @@ class FakeSuperLink:
                 pass  # connections that the gateway drops
 
         self.seen, self.callers, self._sockets = seen, callers, sockets
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(folder.loopback_certificate, folder.loopback_key)
         self._server = Server(("127.0.0.1", port), Handler)
-        self._server.socket = context.wrap_socket(
-            self._server.socket, server_side=True, do_handshake_on_connect=False
-        )
         self._thread = threading.Thread(
             target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
         )
