@@ -91,7 +91,7 @@ def site_packages(environment):
 
 
 def files_of_packages(files):
-    """The tracked files of the four packages, by their names inside the wheel."""
+    """The tracked files of the five packages, by their names inside the wheel."""
     return {
         str(file.relative_to(package.parent))
         for package in PACKAGES
@@ -100,7 +100,7 @@ def files_of_packages(files):
     }
 
 
-def test_the_wheel_holds_the_four_packages_and_nothing_else(wheel, files):
+def test_the_wheel_holds_the_five_packages_and_nothing_else(wheel, files):
     metadata = f"uharmony-{PROJECT['project']['version']}.dist-info/"
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if not name.startswith(metadata)}
@@ -110,6 +110,7 @@ def test_the_wheel_holds_the_four_packages_and_nothing_else(wheel, files):
         "uharmony_model",
         "uharmony_server",
         "uharmony_client",
+        "uharmony_service",
         "uharmony_simulation",
     }
 
