@@ -16,12 +16,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from flwr.app import Message, RecordDict
+from flwr.app import Message
 from flwr.common.constant import ErrorCode
-from flwr.serverapp import Grid
-from flwr.supercore.run import Run
 
 from uharmony_server.link import AnswerLostError, Arrived, LinkLostError, LinkSession
+from uharmony_service.grid import OneRunGrid
 
 log = logging.getLogger(__name__)
 
@@ -76,14 +75,14 @@ class _Ask:
     absent_since: float | None = None
 
 
-class LinkGrid(Grid):
+class LinkGrid(OneRunGrid):
     """Carries a strategy's messages to the enrolled sites that are not revoked."""
 
     def __init__(
         self, link: LinkSession, members: Members, waiting: Waiting, watcher: Watcher
     ) -> None:
         self._link, self._members, self._waiting, self._watcher = link, members, waiting, watcher
-        self._run = Run.create_empty(run_id=1)
+        super().__init__()
         self._stale: dict[str, _Ask] = {}
         self._late: list[tuple[str, int]] = []
         self._busy_until = 0.0
@@ -258,36 +257,6 @@ class LinkGrid(Grid):
         for ask in asks:
             ask.identifier, ask.arrived, ask.parts = "", None, {}
         self._busy_until = time.monotonic() + _BUSY_SECONDS
-
-    # --- the rest of Flower's interface -----------------------------------------------------------
-
-    def set_run(self, run: Run) -> None:
-        """Set the run whose messages this grid carries."""
-        self._run = run
-
-    @property
-    def run(self) -> Run:
-        """The run whose messages this grid carries."""
-        return self._run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """A message to one node."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Not offered: sending without waiting would lose what this grid is for."""
-        raise NotImplementedError("use send_and_receive")
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Not offered, as `push_messages`."""
-        raise NotImplementedError("use send_and_receive")
 
 
 def _addressed(message: Message, node: int) -> Message:

@@ -12,9 +12,9 @@ from uuid import uuid4
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
-from flwr.serverapp import Grid
-from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
+
+from uharmony_service.grid import OneRunGrid
 
 ClientAppLike = Callable[[Message, Context], Message]
 log = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 CLIENT_APP_RAISED = 2
 
 
-class InProcessGrid(Grid):
+class InProcessGrid(OneRunGrid):
     """Nodes 1..n are the given sites, sorted by name."""
 
     def __init__(self, app: ClientAppLike, sites: Iterable[str]) -> None:
@@ -32,7 +32,7 @@ class InProcessGrid(Grid):
         TaskIdentity.task_id, TaskIdentity.run_id = 1, 1
         TaskIdentity.node_id = SUPERLINK_NODE_ID
         self._app = app
-        self._run = Run.create_empty(run_id=1)
+        super().__init__()
         self._contexts: dict[int, Context] = {
             node: Context(
                 run_id=1,
@@ -49,26 +49,6 @@ class InProcessGrid(Grid):
     def sites(self) -> Mapping[int, str]:
         """Which site each node is."""
         return {node: str(c.node_config["site"]) for node, c in self._contexts.items()}
-
-    def set_run(self, run: Run) -> None:
-        """Set the run whose messages this grid carries."""
-        self._run = run
-
-    @property
-    def run(self) -> Run:
-        """The run whose messages this grid carries."""
-        return self._run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """A message to one node."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
         """The nodes, one a site."""
