@@ -247,7 +247,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--auth-supernode-private-key", str(identity / "node.key"),
         "--host", "127.0.0.1", "--port", str(listener.getsockname()[1]),
     ]  # fmt: skip
-    flower_supernode()
+    code: object = 1
+    try:
+        flower_supernode()
+    except SystemExit as end:
+        code = end.code
+    finally:
+        # Flower asks itself to stop by a signal, from more than one thread. A second one in the
+        # midst of the first leaves its web server running without the rest: end in any case.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)
 
 
 if __name__ == "__main__":
