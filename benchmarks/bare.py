@@ -26,7 +26,7 @@ from uharmony_client.supernode import adapt
 from uharmony_model.allocator import keep_freed_pages
 from uharmony_model.initial import initial_weights
 from uharmony_model.study import Study, load_study
-from uharmony_server.board import Board, BoardWriter
+from uharmony_server.board import Board, CoordinatorBoard
 from uharmony_server.link import LinkSession
 from uharmony_server.link_grid import LinkGrid, Waiting
 from uharmony_server.rounds import Patience, run_rounds
@@ -88,7 +88,7 @@ def seconds_a_round(study: Study, sites: tuple[str, ...], folder: Path) -> float
             link,
             lambda: dict.fromkeys(sites, b""),
             Waiting(),
-            BoardWriter(folder / "status.json", Board()),
+            CoordinatorBoard(folder / "status.json", Board()),
         )
         stamps: list[float] = []
         run_rounds(

@@ -27,8 +27,10 @@ from benchmarks import bare, stock_flower
 from benchmarks.network import study as some_study
 from benchmarks.rows import Row
 from uharmony_model.atomic import write_atomic
+from uharmony_model.exchange.payload import Kind, encode
+from uharmony_model.initial import initial_weights
 from uharmony_model.study import Study
-from uharmony_simulation.deployed import CLIENT, SERVER, Deployment
+from uharmony_simulation.deployed import SERVER, Deployment
 
 SITES = ("alpha", "beta", "gamma")
 ROUNDS = 6
@@ -62,7 +64,16 @@ def ours(megabytes: int, codec: str, folder: Path) -> tuple[float, int, int]:
             (running.server / "rounds" / f"round-{ROUNDS:06d}" / "state.json").read_bytes()
         )["state"]
     gaps = [b - a for a, b in itertools.pairwise(stamps)]
-    return statistics.median(gaps), state["bytes_up"][-1] // len(SITES), megabytes * 1_000_000
+    return statistics.median(gaps), state["bytes_up"][-1] // len(SITES), bytes_down(study)
+
+
+def bytes_down(study: Study) -> int:
+    """The payload that carries the weights to a site."""
+    schema, weights = initial_weights(study)
+    payload = encode(
+        kind=Kind.MODEL, study=study.digest, round=1, site="server", schema=schema, flat=weights
+    )
+    return len(payload)
 
 
 @contextmanager
@@ -132,6 +143,3 @@ def rows() -> list[Row]:
             Row(f"{name}, bytes down", down, "B a site", 1.0),
         ]  # fmt: skip
     return found
-
-
-__all__ = ["CLIENT", "deployment", "ours", "rows", "study_of"]

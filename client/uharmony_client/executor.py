@@ -51,8 +51,10 @@ def execute_tasks(
 def _do(app: ClientAppLike, address: str, secret: str, token: str) -> None:
     """One task. What goes wrong between the two processes costs this answer, never the work."""
     try:
-        client = connect(address, secret, component=COMPONENT, token=token)
-        with Claim(client) as claim:
+        with (
+            connect(address, secret, component=COMPONENT, token=token) as client,
+            Claim(client) as claim,
+        ):
             message = claim.receive()
             claim.answer(app(message, claim.context))
     except (ClaimLostError, ObjectPullError, httpx.HTTPError) as error:

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from uharmony_client.site_results import Comparison, Interval, SiteResults
+from uharmony_service.page import UNDEFINED
 
 
 def results_json(results: SiteResults) -> str:
@@ -47,5 +48,5 @@ def _plain(found: Comparison) -> dict[str, object]:
 
 def _shown(interval: Interval) -> str:
     if interval.mean is None or interval.low is None or interval.high is None:
-        return "\u2014"
+        return UNDEFINED
     return f"{interval.mean:.3f} [{interval.low:.3f}, {interval.high:.3f}]"

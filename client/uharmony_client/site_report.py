@@ -7,7 +7,6 @@ Every text is escaped. Equal inputs give equal bytes: no clock is read here.
 
 from __future__ import annotations
 
-import base64
 import csv
 import json
 import math
@@ -21,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 from torch import nn
 
 from uharmony_client.alone import alone_site
@@ -31,8 +29,8 @@ from uharmony_client.site import Site
 from uharmony_client.site_results import SiteResults, load_for_site
 from uharmony_model.atomic import write_atomic
 from uharmony_model.targets import to_targets
+from uharmony_service.page import data_uri, number, points, shown, tone
 
-UNDEFINED = "\u2014"  # an em dash: not measured, or undefined
 FEW_CASES = 6  # with fewer, not even differences of one sign can be significant at 5 %
 WIDTH, HEIGHT = 760.0, 220.0
 LEFT, RIGHT, TOP, BOTTOM = 44.0, 12.0, 12.0, 34.0
@@ -99,10 +97,10 @@ def write_site_report(path: Path, site: Site, results: SiteResults) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        finalize=_shown,
+        finalize=shown,
     )
-    environment.globals |= {"number": number, "points": points, "tone": _tone}
-    environment.filters |= {"png": _data_uri, "size": human_bytes}
+    environment.globals |= {"number": number, "points": points, "tone": tone}
+    environment.filters |= {"png": data_uri, "size": human_bytes}
     html = environment.get_template("site_report.html.jinja").render(
         site=site.name,
         study=site.study,
@@ -148,19 +146,6 @@ def read_sent(ledger: Path, study: str) -> Sent | None:
                 sent.bytes += size
                 sent.kinds[kind] += 1
     return sent
-
-
-def number(value: float | None, digits: int) -> str:
-    """A number with fixed digits, or the sign for undefined."""
-    return UNDEFINED if value is None else f"{value:.{digits}f}"
-
-
-def points(difference: float | None) -> str:
-    """A Dice difference in points (hundredths) with its sign; zero has none."""
-    if difference is None:
-        return UNDEFINED
-    text = f"{100 * difference:+.1f}".replace("-", "\u2212")
-    return "0.0" if text in ("+0.0", "\u22120.0") else text
 
 
 def human_bytes(count: int) -> str:
@@ -280,22 +265,3 @@ def _draw(network: nn.Module, site: Site, case: Case) -> bytes:
         volume.spacing_mm,
         site.study.task.class_names,
     )
-
-
-def _tone(difference: float | None) -> str:
-    text = points(difference)
-    return "up" if text.startswith("+") else "down" if text.startswith("\u2212") else ""
-
-
-def _data_uri(png: bytes) -> Markup:
-    # Markup, as there is nothing to escape in base64.
-    return Markup("data:image/png;base64," + base64.b64encode(png).decode("ascii"))  # noqa: S704
-
-
-def _shown(value: object) -> object:
-    """What the template prints: text as one printable line, None as undefined."""
-    if value is None:
-        return UNDEFINED
-    if isinstance(value, str) and not isinstance(value, Markup):
-        return "".join(c if c.isprintable() else "\ufffd" for c in value[:2000])
-    return value

@@ -12,8 +12,9 @@ from rich.text import Text
 from uharmony_client.home import Home
 from uharmony_client.ledger import HEAD, parse_line
 from uharmony_client.ledger_entry import SignedHead
-from uharmony_client.site_board import SiteBoard, read_site_board
+from uharmony_client.site_board import SiteBoard
 from uharmony_model.errors import StoreError
+from uharmony_service.board import read_board
 from uharmony_service.lock import is_held
 
 _MAX_HEAD = 4096
@@ -37,7 +38,7 @@ def _facts(home: Home) -> dict[str, object]:
     if not home.joined:
         return facts
     member = home.membership()
-    board = read_site_board(home.run / "status.json") or SiteBoard()
+    board = read_board(home.run / "status.json", SiteBoard) or SiteBoard()
     facts |= {
         "study": member.study,
         "coordinator": member.address,

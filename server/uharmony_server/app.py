@@ -77,8 +77,9 @@ def start(
     ] = None,
 ) -> None:
     """Run the study until its last round is done; start it again to go on after any stop."""
-    from uharmony_server.board import read_board
+    from uharmony_server.board import Board
     from uharmony_server.service import serve
+    from uharmony_service.board import read_board
 
     opened = ServerFolder.open(folder)
     opened.check_study()
@@ -87,11 +88,11 @@ def start(
         f"logs in {opened.log}",
         flush=True,
     )
-    board = read_board(opened.run / "status.json")
+    board = read_board(opened.run / "status.json", Board)
     if board is not None and board.state == "finished":
         print("this study is finished; its report and model are written again", flush=True)
     code = serve(opened, health_port=health_port, say=lambda text: print(text, flush=True))
-    board = read_board(opened.run / "status.json")
+    board = read_board(opened.run / "status.json", Board)
     if code == 0 and board is not None and board.state == "finished":
         print(f"report {opened.path / 'report.html'}", flush=True)
     sys.exit(code)

@@ -18,7 +18,7 @@ import torch
 from uharmony_model.errors import QuorumError
 from uharmony_model.initial import initial_weights
 from uharmony_model.participation import Participation, dump
-from uharmony_server.board import Board, BoardWriter
+from uharmony_server.board import Board, CoordinatorBoard
 from uharmony_server.checkpoint import Checkpoint, read_latest
 from uharmony_server.link import LinkSession
 from uharmony_server.link_grid import LinkGrid, Waiting
@@ -68,13 +68,13 @@ def coordinate(folder: ServerFolder, port: int) -> Checkpoint:
         StoreError: a checkpoint cannot be written or read; the last one is untouched.
     """
     study, members = folder.study, Members(folder)
-    board = BoardWriter(
+    board = CoordinatorBoard(
         folder.run / "status.json",
         Board(study=study.digest, rounds=study.training.rounds),
     )
     link = LinkSession(
         f"127.0.0.1:{port}",
-        read_secret(folder.superexec_secret),
+        read_secret(folder.loopback_secret),
     )
     deadline = folder.config.deadline_minutes
     absent = folder.config.absent_minutes
@@ -141,7 +141,7 @@ def coordinate(folder: ServerFolder, port: int) -> Checkpoint:
     return state
 
 
-def _note(folder: ServerFolder, board: BoardWriter, state: Checkpoint) -> None:
+def _note(folder: ServerFolder, board: CoordinatorBoard, state: Checkpoint) -> None:
     board.round_done(state)
     dump(folder.path / "participation.json", participation_of(state))
 

@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from uharmony_server.records import Record
-from uharmony_server.summary import NO_SCORE, Score, metric_mean, number, printable, withheld_of
+from uharmony_server.summary import NO_SCORE, Score, metric_mean, withheld_of
+from uharmony_service.page import number, printable
 
 WIDTH, HEIGHT = 380.0, 240.0
 LEFT, RIGHT, TOP, BOTTOM = 40.0, 10.0, 10.0, 32.0

@@ -57,7 +57,7 @@ class Gateway:
             Upstream(
                 upstream_port,
                 config.max_body_bytes,
-                read_secret(folder.superexec_secret),
+                read_secret(folder.loopback_secret),
             ),
             strangers=Rates(config.requests_per_second_before_authentication),
             sites=Rates(config.requests_per_second),

@@ -111,7 +111,7 @@ class LinkSession:
     def close(self) -> None:
         """End the heartbeat and the connection."""
         if self._claim is not None:
-            self._claim.__exit__(None, None, None)
+            self._claim.end()
             self._claim = None
 
     def admit(self, members: Mapping[str, bytes]) -> None:
@@ -263,8 +263,13 @@ class LinkSession:
                 if time.monotonic() > end:
                     raise LinkLostError("SuperLink gave no task")
                 time.sleep(0.02)
-        self._claim = Claim(self._client(token))
-        self._claim.__enter__()
+        client = self._client(token)
+        try:
+            self._claim = Claim(client)
+        except BaseException:
+            client.close()
+            raise
+        self._claim.begin()
 
     def _client(self, token: str = "") -> Any:
         return connect(

@@ -7,13 +7,11 @@ control characters. Equal inputs give equal bytes: no clock is read here.
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from uharmony_model.atomic import write_atomic
 from uharmony_model.methods import METHODS
@@ -24,15 +22,11 @@ from uharmony_server.records import Record
 from uharmony_server.summary import (
     LOCAL,
     NO_SCORE,
-    UNDEFINED,
     Score,
     arms_of,
     last_test,
     mean_over_sites,
     most_cases,
-    number,
-    points,
-    printable,
     score,
     site_gains,
     site_scores,
@@ -40,6 +34,7 @@ from uharmony_server.summary import (
     value_or_withheld,
     withheld_of,
 )
+from uharmony_service.page import UNDEFINED, data_uri, number, points, shown, tone
 
 
 @dataclass(frozen=True)
@@ -107,16 +102,16 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        finalize=_shown,
+        finalize=shown,
     )
     environment.globals |= {
         "points": points,
-        "tone": _tone,
+        "tone": tone,
         "number": number,
         "value": value_or_withheld,
         "undefined": UNDEFINED,
     }
-    environment.filters |= {"png": _data_uri}
+    environment.filters |= {"png": data_uri}
     template = environment.get_template("report.html.jinja")
     html = template.render(
         title=title,
@@ -277,23 +272,3 @@ def _sections(run_info: Mapping[str, object]) -> dict[str, object]:
         else:
             facts[name] = value
     return {"facts": facts, "groups": groups, "tables": tables}
-
-
-def _tone(difference: float | None) -> str:
-    """The class of a difference: what is rounded to nothing has no colour."""
-    text = points(difference)
-    return "up" if text.startswith("+") else "down" if text.startswith("\u2212") else ""
-
-
-def _data_uri(png: bytes) -> Markup:
-    # Markup, as there is nothing to escape in base64 and its length is not foreign text's.
-    return Markup("data:image/png;base64," + base64.b64encode(png).decode("ascii"))  # noqa: S704
-
-
-def _shown(value: object) -> object:
-    """What the template prints: foreign text as one printable line, None as undefined."""
-    if value is None:
-        return UNDEFINED
-    if isinstance(value, str) and not isinstance(value, Markup):
-        return printable(value, 2000)
-    return value

@@ -114,8 +114,8 @@ class ServerFolder:
             write_new(made.study_json, study.canonical_json().encode())
             content = yaml.safe_dump(config.model_dump(), sort_keys=False)
             write_new(temporary / "server.yaml", content.encode())
-            # Flower takes the bytes of this file as they are.
-            write_new(made.superexec_secret, secrets.token_hex(32).encode())
+            # Until the first start; each start draws another one.
+            write_new(made.loopback_secret, secrets.token_hex(32).encode())
             make_authority(made.ca_key, made.ca_certificate, study.name)
             make_tls_key(made.tls_key)
             write_new(
@@ -226,9 +226,9 @@ class ServerFolder:
         return self.path / "loopback" / "loopback.pem"
 
     @property
-    def superexec_secret(self) -> Path:
-        """What a process on this machine must know to take tasks from SuperLink."""
-        return self.path / "secrets" / "superexec"
+    def loopback_secret(self) -> Path:
+        """What a request over loopback must carry to reach SuperLink."""
+        return self.path / "secrets" / "loopback"
 
     @property
     def invites(self) -> Path:

@@ -33,7 +33,7 @@ def serve(
     """
     folder.check_study()
     with only_one(folder.run, f"{folder.path}: is served by another process already"):
-        write_secret(folder.superexec_secret)
+        write_secret(folder.loopback_secret)
         registrar = Registrar(folder)
         due = 0.0
 
@@ -61,7 +61,7 @@ def programs(folder: ServerFolder, listener: socket.socket) -> list[Program]:
     superlink = (
         "--socket", str(listener.fileno()),
         "--tls", str(folder.loopback_key.parent),
-        "--secret", str(folder.superexec_secret),
+        "--secret", str(folder.loopback_secret),
     )  # fmt: skip
     return [
         Program(

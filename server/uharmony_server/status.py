@@ -10,9 +10,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from uharmony_server.board import Board, read_board
+from uharmony_server.board import Board
 from uharmony_server.registry import Enrolment, Registry
 from uharmony_server.server_folder import ServerFolder
+from uharmony_service.board import read_board
 from uharmony_service.lock import is_held
 
 _SHOWN_REFUSALS = 10
@@ -87,7 +88,7 @@ def status_view(folder: ServerFolder) -> RenderableType:
 
 
 def _facts(folder: ServerFolder) -> tuple[Board, Mapping[str, Enrolment], object]:
-    board = read_board(folder.run / "status.json") or Board()
+    board = read_board(folder.run / "status.json", Board) or Board()
     sites = Registry(folder.invites, folder.sites).enrolments()
     try:
         gateway = json.loads(folder.gateway_status.read_bytes()[:65536])

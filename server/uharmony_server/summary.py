@@ -16,9 +16,9 @@ from rich.text import Text
 
 from uharmony_model.methods import METHODS
 from uharmony_server.records import Record
+from uharmony_service.page import number, points, printable
 
 LOCAL = "local"
-UNDEFINED = "\u2014"  # an em dash: not measured, or undefined
 
 
 @dataclass(frozen=True)
@@ -171,24 +171,6 @@ def value_or_withheld(found: Score, digits: int) -> str:
     if found.mean is None and found.withheld and not found.cases:
         return found.withheld
     return number(found.mean, digits)
-
-
-def number(value: float | None, digits: int) -> str:
-    """A number with fixed digits, or the sign for undefined."""
-    return UNDEFINED if value is None else f"{value:.{digits}f}"
-
-
-def points(difference: float | None) -> str:
-    """A Dice difference in points (hundredths) with its sign; zero has none."""
-    if difference is None:
-        return UNDEFINED
-    text = f"{100 * difference:+.1f}".replace("-", "\u2212")
-    return "0.0" if text in ("+0.0", "\u22120.0") else text
-
-
-def printable(text: object, longest: int = 300) -> str:
-    """Foreign text as one line without control characters or direction marks."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in str(text)[:longest])
 
 
 def summary_table(records: Sequence[Record]) -> Table:

@@ -148,8 +148,17 @@ class Claim:
         self.context: Context = context_from_proto(answer.context)
         self.run: Run = run_from_proto(answer.run)
 
-    def __enter__(self) -> Self:
+    def begin(self) -> None:
+        """Start the heartbeat."""
         threading.Thread(target=self._beat, daemon=True).start()
+
+    def end(self) -> None:
+        """Stop the heartbeat and close the client."""
+        self._over.set()
+        self.client.close()
+
+    def __enter__(self) -> Self:
+        self.begin()
         return self
 
     def __exit__(
@@ -158,8 +167,7 @@ class Claim:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._over.set()
-        self.client.close()
+        self.end()
 
     def receive(self) -> Message:
         """The one message of a ClientApp task, with its content.

@@ -23,12 +23,13 @@ from tests.support.tiny import write_folder, write_study
 from uharmony_client.ledger_check import verify
 from uharmony_client.ledger_entry import Entry, parse_line
 from uharmony_client.local_store import UNFINISHED
-from uharmony_client.site_board import read_site_board
+from uharmony_client.site_board import SiteBoard
 from uharmony_model.atomic import write_atomic
 from uharmony_model.exchange.canonical import canonical_json
 from uharmony_model.exchange.joining import Membership
 from uharmony_model.participation import Participation, load
 from uharmony_model.study import Study, load_study
+from uharmony_service.board import read_board
 from uharmony_service.keys import load_ledger_key
 from uharmony_simulation.arms import Machine
 from uharmony_simulation.deployed import CLIENT, SERVER, Deployment, kill_tree
@@ -195,7 +196,7 @@ class Federation(Deployment):
 
     def state(self, name: str) -> str:
         """What a site's process says it is doing."""
-        board = read_site_board(self.store(name) / "run" / "status.json")
+        board = read_board(self.store(name) / "run" / "status.json", SiteBoard)
         return "" if board is None else board.state
 
     def generation(self, name: str, round_: int) -> Path:

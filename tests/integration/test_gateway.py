@@ -99,7 +99,7 @@ def test_site_gets_through_with_exactly_its_bytes(scene: Scene):
         "host", "content-length", "content-type", "flwr-public-key", "flwr-timestamp",
         "accept-encoding", "x-uharmony-secret",
     }  # fmt: skip
-    secret = scene.town.folder.superexec_secret.read_text()
+    secret = scene.town.folder.loopback_secret.read_text()
     assert [value for name, value in seen.headers if name == "x-uharmony-secret"] == [secret]
 
 

@@ -11,9 +11,10 @@ from uharmony_client.case_table import CaseTable
 from uharmony_client.evaluate import CaseRow
 from uharmony_client.local_store import LocalStore
 from uharmony_client.site import Site
-from uharmony_client.site_report import human_bytes, number, points, read_sent
+from uharmony_client.site_report import human_bytes, read_sent
 from uharmony_client.site_results import Interval, compare, evaluate_site, verdict
 from uharmony_model.errors import ConfigError, StoreError
+from uharmony_service.page import number, points
 
 
 @pytest.fixture

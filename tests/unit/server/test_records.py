@@ -16,13 +16,12 @@ from uharmony_server.summary import (
     arms_of,
     last_test,
     mean_over_sites,
-    points,
-    printable,
     score,
     site_gains,
     site_scores,
     summary_table,
 )
+from uharmony_service.page import points, printable
 
 
 def record(**changes):
