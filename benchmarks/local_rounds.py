@@ -13,10 +13,10 @@ from tests.support.tiny import tiny_study, write_folder
 from uharmony_client.flower_app import make_client_app
 from uharmony_client.local_train import train_round
 from uharmony_model.exchange.partition import Partition
-from uharmony_model.initial import initial_local
+from uharmony_model.initial import initial_local, initial_weights
 from uharmony_model.networks import build_network
 from uharmony_server.rounds import run_rounds
-from uharmony_simulation.arms import Arm, Machine, SiteOpener, initial_weights
+from uharmony_simulation.arms import Arm, Machine, SiteOpener
 from uharmony_simulation.config import Simulation
 from uharmony_simulation.engine import InProcessGrid
 from uharmony_simulation.sites import make_sites

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -33,7 +33,7 @@ from uharmony_model.atomic import (
 from uharmony_model.errors import ConfigError, StoreError
 from uharmony_model.exchange.partition import Partition
 from uharmony_model.frozen import Frozen, parse
-from uharmony_model.methods import RESIDUALS
+from uharmony_model.methods import EVERYTHING
 from uharmony_model.networks import build_network
 from uharmony_model.study import Name, Study
 
@@ -42,10 +42,14 @@ _PLACEHOLDER = "unseen"
 
 
 class SiteEntry(Frozen):
-    """sites/<site>.json: the site's domains in the order of its case table, its modalities."""
+    """sites/<site>.json: the site's domains in the order of its case table, its modalities.
+
+    `whole`: its tensors are a model of the site's own, and the shared ones are not used.
+    """
 
     domains: Annotated[tuple[Name, ...], Field(min_length=1)]
     modalities: tuple[str, ...] = ()
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,11 +73,13 @@ def save_bundle(
     local: Mapping[str, Mapping[str, Tensor]],
     domains: Mapping[str, Sequence[str]],
     modalities: Mapping[str, Sequence[str]] | None = None,
+    whole: Collection[str] = (),
     notes: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write the folder, whole or not at all; `local`, `domains` and `modalities` are by site.
 
-    `notes` are further files beside study.json, by name.
+    `whole` names the sites whose local tensors are a whole model; `notes` are further
+    files beside study.json, by name.
 
     Raises:
         StoreError: the folder cannot be written.
@@ -86,7 +92,9 @@ def save_bundle(
         (temporary / "sites").mkdir(mode=0o700)
         for site, tensors in local.items():
             entry = SiteEntry(
-                domains=tuple(domains[site]), modalities=tuple((modalities or {}).get(site, ()))
+                domains=tuple(domains[site]),
+                modalities=tuple((modalities or {}).get(site, ())),
+                whole=site in whole,
             )
             write_atomic(temporary / "sites" / f"{site}.json", entry.model_dump_json().encode())
             write_atomic(temporary / "sites" / f"{site}.safetensors", _tensors(tensors))
@@ -127,7 +135,8 @@ def load_bundle(folder: Path, site: str | None) -> Model:
         entry = parse(SiteEntry, _read_json(path, digest), str(path))
         local = _read_tensors(path.with_suffix(".safetensors"), digest)
         network = build_network(study, entry.domains, seed=study.seed)
-        partition = Partition.of(network, study.plan.local)
+        partition = Partition.of(network, EVERYTHING if entry.whole else study.plan.local)
+        shared = {} if entry.whole else shared
     network.load_state_dict(partition.merge(shared, local), strict=True)
     return Model(
         network=network.eval(),
@@ -144,7 +153,7 @@ def known_sites(folder: Path) -> tuple[str, ...]:
 
 
 def _require_no_site_needed(folder: Path, study: Study) -> None:
-    needed = study.plan.local - RESIDUALS
+    needed = frozenset() if study.plan.serves_unseen else study.plan.local
     if needed:
         raise ConfigError(
             f"{folder}: method {study.method} keeps {', '.join(sorted(needed))} at the sites, so "

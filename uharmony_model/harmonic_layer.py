@@ -19,12 +19,13 @@ from uharmony_model.errors import NetworkError
 from uharmony_model.instance_affine import affine, affine_in_place, standardise
 from uharmony_model.polynomial import monomials, polynomial
 
-Stage2 = Literal["free", "affine", "revin", "off"]
+Stage2 = Literal["free", "affine", "revin", "restore", "off"]
 
 _LOCAL: dict[Stage2, tuple[str, ...]] = {
     "free": ("gain", "shift", "rho", "lam"),
     "affine": ("gain", "shift"),
     "revin": ("gain", "shift"),
+    "restore": (),
     "off": (),
 }
 
@@ -39,8 +40,8 @@ class HarmonicNorm(nn.Module):
 
     `stage2` chooses the reading: `free` learns all four; `affine` fixes rho = lambda = 0 (as
     FedBN, arXiv:2102.07623, on instance statistics); `revin` fixes rho = lambda = 1, at an unseen
-    domain too; `off` has no local parameter. As in RevIN's code, no gradient passes through the
-    statistics of stage 2.
+    domain too; `restore` is that with g = b = 0, so that nothing is local; `off` has no local
+    parameter. As in RevIN's code, no gradient passes through the statistics of stage 2.
     """
 
     polynomial: nn.Parameter
@@ -97,7 +98,9 @@ class HarmonicNorm(nn.Module):
         coefficients = monomials(self.polynomial.to(x.dtype))  # (P + 1, C), then (P + 1, B, C)
         coefficients = coefficients.unsqueeze(1).expand(-1, x.shape[0], -1)
         local = {name: self._select(name, selection, x.dtype) for name in self.stacked}
-        restores = self.stage2 == "revin" or (self.stage2 == "free" and selection is not None)
+        restores = self.stage2 in ("revin", "restore") or (
+            self.stage2 == "free" and selection is not None
+        )
         if self.order == 1 and not restores:
             shift, gain = _restored(coefficients, local, None)
             return affine(x, gain, shift, self.eps)

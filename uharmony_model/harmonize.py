@@ -12,6 +12,7 @@ import torch
 from monai.networks.nets.swin_unetr import SwinTransformer
 from torch import Tensor, nn
 
+from uharmony_model.depthwise_residual import DepthwiseResidual
 from uharmony_model.domains import DomainSwitch, Selection
 from uharmony_model.errors import NetworkError
 from uharmony_model.harmonic_layer import HarmonicNorm
@@ -34,6 +35,10 @@ FUNCTIONAL_NORMS: dict[type[nn.Module], str] = {
     SwinTransformer: "proj_out: torch.nn.functional.layer_norm over channels, without parameters",
 }
 """Norms that are calls and no layers. They stay, and `HarmonizedNetwork.kept_norms` lists them."""
+
+# The modules with tensors of domains; each says by `stacked` which they are.
+_CONVOLUTIONS = (nn.Conv3d, nn.ConvTranspose3d)
+_LOCAL_MODULES = (HarmonicNorm, ResidualConv, DepthwiseResidual)
 
 # Every norm layer of torch; one of these that is not in CHANNEL_AXIS is an error.
 _NORMS: tuple[type[nn.Module], ...] = (
@@ -88,15 +93,18 @@ def harmonize(
     *,
     domains: Sequence[str],
     settings: Harmonization,
+    encoder: Sequence[str] = (),
     stem: Sequence[str] = (),
+    depthwise: Sequence[str] = (),
     head: Sequence[str] = (),
     multiple: int | None = None,
 ) -> HarmonizedNetwork:
     """Harmonise `network` in place and wrap it.
 
     A new layer starts as the old one: its weight and bias become a_1 and a_0, residuals are zero.
-    So a network of instance norms computes what it did, except with `stage2: revin`. `stem` and
-    `head` are paths of convolutions, or of modules whose convolutions are all meant.
+    So a network of instance norms computes what it did, except with `stage2: revin`. `stem`,
+    `depthwise` and `head` are paths of convolutions, or of modules whose convolutions are all
+    meant; `encoder` are the paths of the encoder's modules, for `settings.layers`.
 
     Raises:
         NetworkError: a norm is of a type that is not known, a path leads to no convolution, or the
@@ -115,17 +123,17 @@ def harmonize(
         if type(module) in FUNCTIONAL_NORMS
     ]
     paths = {
-        Part.STEM_RESIDUAL: stem if settings.stem else (),
-        Part.HEAD_RESIDUAL: head if settings.head else (),
+        Part.STEM_RESIDUAL: stem if "stem" in settings.residuals else (),
+        Part.DEPTHWISE_RESIDUAL: depthwise if "depthwise" in settings.residuals else (),
+        Part.HEAD_RESIDUAL: head if "head" in settings.residuals else (),
     }
     like = next(network.parameters(), torch.empty(0))  # device and type of norms without weights
     replacements: dict[nn.Module, nn.Module] = {
-        norm: _harmonic(norm, len(domains), switch, settings, like) for norm in norms
+        norm: _harmonic(norm, len(domains), switch, settings, like)
+        for norm in _carrying(norms, settings, encoder)
     }
     for convolution, part in _convolutions_of(network, paths).items():
-        replacements[convolution] = ResidualConv(
-            convolution, domains=len(domains), part=part, switch=switch
-        ).train(convolution.training)
+        replacements[convolution] = _residual(convolution, part, len(domains), switch)
     model = HarmonizedNetwork(
         network, domains=domains, switch=switch, kept_norms=kept, multiple=multiple
     )
@@ -138,9 +146,48 @@ def stacked_keys(model: nn.Module) -> frozenset[str]:
     return frozenset(
         f"{path}.{name}" if path else name
         for path, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, HarmonicNorm | ResidualConv)
+        if isinstance(module, _LOCAL_MODULES)
         for name in module.stacked
     )
+
+
+def _carrying(
+    norms: dict[str, nn.Module], settings: Harmonization, encoder: Sequence[str]
+) -> list[nn.Module]:
+    """The norms that become harmonisation layers; what the first n are, the network's order says.
+
+    Raises:
+        NetworkError: the network has fewer than n, or none in the part that is asked for.
+    """
+    layers = settings.layers
+    if layers == "all":
+        return list(norms.values())
+    if isinstance(layers, int):
+        found = list(norms.values())[:layers]
+        complete = len(found) == layers
+    else:
+        inside = tuple(f"{path}." for path in encoder)
+        wanted = layers == "encoder"
+        found = [m for p, m in norms.items() if f"{p}.".startswith(inside) == wanted]
+        complete = bool(found)
+    if not complete:
+        raise NetworkError(
+            f"harmonization.layers is {layers}, but the network has {len(norms)} norm layers, "
+            f"{len(found)} of them there; choose all, encoder, decoder or a smaller number"
+        )
+    return found
+
+
+def _residual(
+    convolution: Convolution, part: Part, domains: int, switch: DomainSwitch
+) -> nn.Module:
+    made: nn.Module
+    if part is Part.DEPTHWISE_RESIDUAL:
+        assert isinstance(convolution, nn.Conv3d)  # noqa: S101 - as _convolutions_of made sure
+        made = DepthwiseResidual(convolution, domains=domains, switch=switch)
+    else:
+        made = ResidualConv(convolution, domains=domains, part=part, switch=switch)
+    return made.train(convolution.training)
 
 
 def _check_domains(domains: Sequence[str]) -> None:
@@ -148,12 +195,12 @@ def _check_domains(domains: Sequence[str]) -> None:
         raise NetworkError(f"domains are {domains!r}; give a sequence of different names")
 
 
-def _norms_of(network: nn.Module) -> list[nn.Module]:
-    """The norm layers to replace, after making sure that there is no other."""
-    norms = []
+def _norms_of(network: nn.Module) -> dict[str, nn.Module]:
+    """The norm layers that can be replaced, by path; there must be no other kind."""
+    norms = {}
     for path, module in network.named_modules():
         name = f"{type(network).__name__}: {path or '(the network itself)'}"
-        if isinstance(module, HarmonicNorm | ResidualConv):
+        if isinstance(module, _LOCAL_MODULES):
             raise NetworkError(f"{name} is harmonised already; harmonise a fresh network")
         if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) != 1:
             raise NetworkError(
@@ -161,7 +208,7 @@ def _norms_of(network: nn.Module) -> list[nn.Module]:
                 "channels alone; use an instance norm there"
             )
         if type(module) in CHANNEL_AXIS:
-            norms.append(module)
+            norms[path] = module
         elif isinstance(module, _NORMS):
             known = ", ".join(kind.__name__ for kind in CHANNEL_AXIS)
             raise NetworkError(
@@ -180,7 +227,7 @@ def _harmonic(
         domains=domains,
         switch=switch,
         order=settings.order,
-        stage2=settings.stage2,
+        stage2=settings.restoration,
         eps=float(getattr(norm, "eps")),  # noqa: B009 - every norm in CHANNEL_AXIS has it
         channel_axis=CHANNEL_AXIS[type(norm)],
         compiled=settings.compiled,
@@ -215,11 +262,16 @@ def _convolutions_of(
                 raise NetworkError(
                     f"{name} has no module '{top}'; print the network to see its paths"
                 ) from None
-            convolutions = [m for m in modules if isinstance(m, nn.Conv3d | nn.ConvTranspose3d)]
+            # A transposed convolution has another grid at its input, which a depthwise residual
+            # does not know.
+            kinds = (nn.Conv3d,) if part is Part.DEPTHWISE_RESIDUAL else _CONVOLUTIONS
+            convolutions = [m for m in modules if isinstance(m, kinds)]
             if not convolutions:
                 raise NetworkError(f"{name}: '{top}' holds no 3D convolution; name one that does")
             if any(found.get(convolution, part) is not part for convolution in convolutions):
-                raise NetworkError(f"{name}: '{top}' is in stem and head; give it to one of them")
+                raise NetworkError(
+                    f"{name}: '{top}' has residuals of two kinds; give it to one of them"
+                )
             found |= dict.fromkeys(convolutions, part)
     return found
 

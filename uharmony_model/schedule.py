@@ -15,3 +15,8 @@ def splits_due(study: Study, round_: int) -> tuple[Split, ...]:
     if shares.test > 0 and round_ == last:
         due.append("test")
     return tuple(due)
+
+
+def finale_round(study: Study) -> int:
+    """The number under which the finale counts: that of the round after the last."""
+    return study.training.rounds + 1

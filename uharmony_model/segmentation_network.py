@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from torch import Tensor, nn
 
 from uharmony_model.errors import NetworkError
+from uharmony_model.methods import Place
 
 
 class SegmentationNetwork(nn.Module):
     """A backbone as it is: it takes a domain like the harmonised one, and ignores it.
 
     `domains` are those of the site that uses it. `multiple` is the product of the backbone's
-    strides, when it is known: a volume's edges must be multiples of it.
+    strides, when it is known: a volume's edges must be multiples of it. `places` says by path where
+    the first and the last block lie, for methods that keep one of them.
     """
 
     kept_norms: tuple[str, ...] = ()
+    places: Mapping[str, Place] = MappingProxyType({})
 
     def __init__(
         self, network: nn.Module, *, domains: Sequence[str] = (), multiple: int | None = None

@@ -22,13 +22,25 @@ from pydantic import (
 )
 
 from uharmony_model.frozen import Frozen, parse, read_yaml
-from uharmony_model.methods import METHODS, Method
+from uharmony_model.methods import METHODS, Method, Part
 
 Triple = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
 Split = Literal["train", "validation", "test"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+Residual = Literal["phi", "stem", "depthwise", "head"]
+RESIDUAL_NAMES: tuple[Residual, ...] = get_args(Residual)
 Metric = Literal["dice", "surface_dice", "hd95_mm", "lesion_recall", "fp_per_case"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
+Candidate = Literal["federated", "own", "whole", "between", "local"]
+CANDIDATES: tuple[Candidate, ...] = get_args(Candidate)
+
+
+_RESIDUAL_PARTS: dict[Residual, Part] = {
+    "phi": Part.PHI,
+    "stem": Part.STEM_RESIDUAL,
+    "depthwise": Part.DEPTHWISE_RESIDUAL,
+    "head": Part.HEAD_RESIDUAL,
+}
 
 
 class Window(Frozen):
@@ -119,27 +131,55 @@ class Task(Frozen):
 
 
 class Harmonization(Frozen):
-    """The harmonisation layer and the local residuals (see `uharmony_model.harmonize`)."""
+    """The harmonisation layer and the local residuals (see `uharmony_model.harmonize`).
+
+    `layers` says which norms become harmonisation layers: all, those of the encoder or of the
+    decoder, or the first n; the others stay as the backbone has them. `residuals` is the capacity
+    of a domain: phi in every harmonisation layer, kernels of the stem, depthwise kernels in the
+    first stages, the head.
+    """
 
     order: Annotated[int, Field(ge=1, le=3)] = 1
     stage2: Literal["free", "affine", "revin", "off"] = "free"
-    stem: bool = True
-    head: bool = True
+    layers: Literal["all", "encoder", "decoder"] | PositiveInt = "all"
+    residuals: tuple[Residual, ...] = ("phi", "stem", "head")
     domain_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
     compiled: bool = False
 
+    @field_validator("residuals")
+    @classmethod
+    def _in_one_order(cls, names: tuple[Residual, ...]) -> tuple[Residual, ...]:
+        if len(set(names)) != len(names):
+            raise ValueError("a residual is named twice")
+        return tuple(name for name in RESIDUAL_NAMES if name in names)  # one order, one digest
+
+    @property
+    def restoration(self) -> Literal["free", "affine", "revin", "restore", "off"]:
+        """The second stage as it is built: without phi only RevIN's restores anything."""
+        if "phi" in self.residuals:
+            return self.stage2
+        return "restore" if self.stage2 == "revin" else "off"
+
 
 class Network(Frozen):
-    """A MONAI backbone: `features` are the channels of its levels, finest first."""
+    """A MONAI backbone: `features` are the channels of its levels, finest first.
+
+    `norm` is what methods that do not harmonise have; some bring their own.
+    """
 
     name: Literal["unet", "dynunet", "segresnet", "swinunetr"] = "unet"
     features: Annotated[tuple[PositiveInt, ...], Field(min_length=2, max_length=7)] = (16, 32, 64)
     residual_units: NonNegativeInt = 1
+    norm: Literal["instance", "batch"] = "instance"
     harmonization: Harmonization = Harmonization()
 
 
 class Training(Frozen):
-    """One site's round, and how many rounds there are."""
+    """One site's round, and how many rounds there are.
+
+    `proximal` is the weight of the pull of methods that have one, `head_share` the share of a
+    round's steps that those with a local last block spend on it alone.
+    """
 
     rounds: PositiveInt = 10
     local_steps: PositiveInt = 20
@@ -154,16 +194,41 @@ class Training(Frozen):
     residual_decay: NonNegativeFloat = 1e-3
     gradient_clip: PositiveFloat = 12.0
     keep_optimizer: bool = True
+    proximal: NonNegativeFloat = 0.01
+    head_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+
+
+class Finale(Frozen):
+    """What a site does at home after the last round; 0 steps: nothing.
+
+    It trains `steps` more on its own cases from the federation's weights, at `rate` times the
+    learning rate, falling to nothing. Then it keeps, by its own validation split, the best of the
+    `candidates`: the federated model, the same with its own part trained further (`own`), with
+    everything trained further (`whole`), half-way between (`between`), and the model that it
+    trained alone with as many steps (`local`).
+    """
+
+    steps: NonNegativeInt = 0
+    rate: Annotated[float, Field(gt=0, le=1)] = 0.3
+    candidates: tuple[Candidate, ...] = CANDIDATES
+
+    @field_validator("candidates")
+    @classmethod
+    def _some_each_once(cls, names: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
+        if not names or len(set(names)) != len(names):
+            raise ValueError("name at least one candidate, and each once")
+        return tuple(name for name in CANDIDATES if name in names)  # one order, one digest
 
 
 class Federation(Frozen):
-    """When a round counts and how updates are weighed."""
+    """When a round counts, how updates are weighed, and the server's own steps (fedadam)."""
 
     weighting: Literal["cases", "equal"] = "cases"
     min_sites: PositiveInt = 1
     min_cases: PositiveInt = 1
     norm_bound: PositiveFloat = 20.0
     max_cases: PositiveInt = 100_000
+    server_rate: PositiveFloat = 0.01
 
 
 class Codec(Frozen):
@@ -208,6 +273,7 @@ class Study(Frozen):
     task: Task
     network: Network = Network()
     training: Training = Training()
+    finale: Finale = Finale()
     federation: Federation = Federation()
     codec: Codec = Codec()
     evaluation: Evaluation = Evaluation()
@@ -223,6 +289,27 @@ class Study(Frozen):
     def plan(self) -> Method:
         """What the study's method makes of the network and the partition."""
         return METHODS[self.method]
+
+    @property
+    def harmonization(self) -> Harmonization:
+        """The harmonisation settings under the study's method."""
+        changed = {**self.network.harmonization.model_dump(), **self.plan.settings}
+        return Harmonization.model_validate(changed)
+
+    @property
+    def parts(self) -> frozenset[Part]:
+        """What the tensors of the method's network can be."""
+        plan = self.plan
+        if plan.backbone == "u2net":
+            return frozenset({Part.BACKBONE, Part.DOMAIN})
+        plain = {Part.BACKBONE, Part.NORM_AFFINE}
+        if not plan.harmonized:
+            batch = plan.norm in ("batch", "perxan") or self.network.norm == "batch"
+            return frozenset(plain | ({Part.NORM_STATISTICS} if batch else set()))
+        settings = self.harmonization
+        found = {Part.BACKBONE, Part.POLYNOMIAL}
+        found |= {Part.NORM_AFFINE} if settings.layers != "all" else set()
+        return frozenset(found | {_RESIDUAL_PARTS[name] for name in settings.residuals})
 
     @property
     def asks(self) -> tuple[str, ...]:

@@ -223,7 +223,8 @@ def _results(home: Home):  # type: ignore[no-untyped-def]  # its types would imp
     """Both models measured; the site's own one is trained first where that is not done yet."""
     from uharmony_client.alone import train_alone
     from uharmony_client.site import Site
-    from uharmony_client.site_results import evaluate_site, federated_model
+    from uharmony_client.site_models import federated_model
+    from uharmony_client.site_results import evaluate_site
 
     site = Site.open(home.config, home.study())
     model, training = federated_model(site), site.study.training

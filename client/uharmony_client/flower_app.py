@@ -1,9 +1,10 @@
 """The site's file that speaks Flower: instructions in, one payload out.
 
-Four questions are answered: `hello` (who are you, what did you agree to), `train` (one round),
-`evaluate`, and `finish`. The server sends data, never code. What a site cannot do it says with a
-reason, in an answer of its own kind; the federation goes on without it. A full disk or memory is
-no answer: the process ends, is started again, and is asked again.
+Five questions are answered: `hello` (who are you, what did you agree to), `train` (one round),
+`evaluate`, `finale` (the site's own last steps), and `finish`. The server sends data, never code.
+What a site cannot do it says with a reason, in an answer of its own kind; the federation goes on
+without it. A full disk or memory is no answer: the process ends, is started again, and is asked
+again.
 """
 
 from __future__ import annotations
@@ -18,23 +19,24 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from uharmony_client.evaluate import evaluate_split, save_rows, summarise
+from uharmony_client.alone import alone_candidate
+from uharmony_client.evaluate import summarise
 from uharmony_client.ledger import Ledger
-from uharmony_client.local_store import RoundKey
-from uharmony_client.local_train import train_round
 from uharmony_client.outgoing import Outgoing
-from uharmony_client.policy import STARTED_FROM, apply_policy
 from uharmony_client.site import Site
-from uharmony_client.site_results import keep_federated_model
+from uharmony_client.site_models import keep_federated_model, keep_personal_model
+from uharmony_client.site_round import (
+    Bench,
+    finale_metrics,
+    measure,
+    metrics_payload,
+    round_update,
+)
 from uharmony_client.small_cells import EQUAL, update_values
-from uharmony_client.step_checkpoint import StepCheckpoint
-from uharmony_client.workbench import Workbench, site_parameters
+from uharmony_client.workbench import Workbench
 from uharmony_model.errors import ExchangeError, StoreError, TrainingError
 from uharmony_model.exchange.hello import Hello
 from uharmony_model.exchange.instruction import Instruction, Receipt
-from uharmony_model.exchange.payload import Kind, encode
-from uharmony_model.exchange.schema import unflatten
-from uharmony_model.initial import initial_local
 from uharmony_model.schedule import splits_due
 from uharmony_model.study import Study
 
@@ -95,6 +97,10 @@ def make_client_app(
     def train(message: Message, context: Context) -> Message:
         return _answer(desk, message, context, _train)
 
+    @app.train("finale")
+    def finale(message: Message, context: Context) -> Message:
+        return _answer(desk, message, context, _finale)
+
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
         return _answer(desk, message, context, _evaluate)
@@ -126,89 +132,40 @@ def _finish(
 def _train(
     desk: _Desk, site: Site, out: Outgoing, order: Instruction, message: Message
 ) -> RecordDict:
-    """The site's round: from its store when it has it, else trained, stored, then sent."""
-    study, policy, store = site.study, site.config.policy, site.store
-    network, partition = desk.bench.network(study, site.domains, site.device)
-    base = desk.bench.weights(_payload_of(message), order, partition)
-    key = RoundKey(study.digest, order.round, order.base)
-    update = store.update(key)
-    if update is None:
-        _refuse_rollback(site, order)
-        before = store.before(study.digest, order.round)
-        if before is None:
-            before = initial_local(study, site.domains)
-        step = desk.listeners.step
-        data = site.training_data()
-        result = train_round(
-            network,
-            data,
-            study=study,
-            partition=partition,
-            base=base,
-            before=before,
-            round_=order.round,
-            on_step=None if step is None else _listener(step, site.name, order.round),
-            checkpoint=StepCheckpoint(store.folder, key, site.config.resources.checkpoint_steps),
-        )
-        values = update_values(len(data.volumes), result.loss, study, policy)
-        update = encode(
-            kind=Kind.UPDATE,
-            study=study.digest,
-            round=order.round,
-            site=site.name,
-            base=order.base,
-            codec=study.codec.up,
-            schema=partition.shared_schema,
-            values={**values, STARTED_FROM: store.started_from(study.digest, order.round)},
-            flat=apply_policy(result.update, policy),
-        )
-        store.write(key, update, result.local, allow_rollback=policy.allow_rollback)
-    return _carried(out.payload(update, partition.shared_schema))
+    """The site's round."""
+    bench = _bench(desk, site, order, message)
+    update = round_update(site, bench, order.round, on_step=_listener(desk, site, order.round))
+    return _carried(out.payload(update, bench.partition.shared_schema))
 
 
 def _evaluate(
     desk: _Desk, site: Site, out: Outgoing, order: Instruction, message: Message
 ) -> RecordDict:
     """The global weights with the site's own parameters, measured on the splits asked for."""
-    study = site.study
-    network, partition = desk.bench.network(study, site.domains, site.device)
-    flat = desk.bench.weights(_payload_of(message), order, partition)
-    own = site_parameters(site, after_round=order.round)
-    shared = unflatten(flat, partition.shared_schema)
-    network.load_state_dict(partition.merge(shared, own))
-    rows = []
-    for split in order.splits:
-        found = evaluate_split(network, site, split, round_=order.round, slow=order.final)
-        save_rows(found, site, split, order.round)
-        rows += found
+    bench = _bench(desk, site, order, message)
+    rows = measure(site, bench, order.round, order.splits, slow=order.final)
     if order.final and out.ledger is not None:
-        keep_federated_model(site, shared, order.round)
-    metrics = encode(
-        kind=Kind.METRICS,
-        study=study.digest,
-        round=order.round,
-        site=site.name,
-        base=order.base,
-        codec="fp32",
-        schema=None,
-        values=summarise(rows, site),
-        flat=None,
-    )
+        keep_federated_model(site, bench.shared, order.round)
+    metrics = metrics_payload(site, order.base, order.round, summarise(rows, site))
     return _carried(out.payload(metrics, None))
 
 
-def _refuse_rollback(site: Site, order: Instruction) -> None:
-    """A coordinator that lost its disk asks for an old round anew; only the site may allow it.
+def _finale(
+    desk: _Desk, site: Site, out: Outgoing, order: Instruction, message: Message
+) -> RecordDict:
+    """The site's own steps from the last weights; what it kept, measured."""
+    bench = _bench(desk, site, order, message)
+    on_step = _listener(desk, site, order.round)
+    metrics = finale_metrics(site, bench, alone=alone_candidate(site), on_step=on_step)
+    if out.ledger is not None:
+        keep_personal_model(site, bench.shared)
+    return _carried(out.payload(metrics, None))
 
-    Raises:
-        ExchangeError: this site has done a later round, and its policy does not allow to go back.
-    """
-    newest = site.store.newest(site.study.digest)
-    if order.round < newest and not site.config.policy.allow_rollback:
-        raise ExchangeError(
-            f"asked to train round {order.round} anew, this site has done round {newest}; if the "
-            "coordinator lost its state, the site allows it with policy.allow_rollback: true"
-        )
+
+def _bench(desk: _Desk, site: Site, order: Instruction, message: Message) -> Bench:
+    network, partition = desk.bench.network(site.study, site.domains, site.device)
+    weights = desk.bench.weights(_payload_of(message), order, partition)
+    return Bench(network, partition, weights, order.base)
 
 
 def _order_of(message: Message, site: Site) -> Instruction:
@@ -238,6 +195,11 @@ def _refuse_what_was_not_approved(order: Instruction, study: Study) -> None:
         ExchangeError: the order asks for another round, or for other measurements.
     """
     rounds = study.training.rounds
+    if order.action == "finale" and (order.round != rounds + 1 or not study.finale.steps):
+        raise ExchangeError(
+            f"asked for a finale as round {order.round}; approved are {study.finale.steps} steps "
+            f"at home, after round {rounds}"
+        )
     if order.action in ("train", "evaluate") and not 1 <= order.round <= rounds:
         raise ExchangeError(f"asked for round {order.round}, approved are rounds 1 to {rounds}")
     if order.action == "evaluate":
@@ -322,5 +284,6 @@ def _speakable(error: Exception) -> str:
     return f"{type(error).__name__}; the reason stands in the site's own log"
 
 
-def _listener(on_step: OnStep, site: str, round_: int) -> Callable[[int, float], None]:
-    return lambda step, loss: on_step(site, round_, step, loss)
+def _listener(desk: _Desk, site: Site, round_: int) -> Callable[[int, float], None] | None:
+    on_step = desk.listeners.step
+    return None if on_step is None else lambda step, loss: on_step(site.name, round_, step, loss)

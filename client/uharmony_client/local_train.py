@@ -7,34 +7,26 @@ steps changes when they are computed, never what comes out.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from uharmony_client.optimizer import make_optimizer, moments, restore_moments
+from uharmony_client.personal import (
+    as_personal,
+    by_name,
+    from_names,
+    local_parameters,
+    personal_part,
+)
 from uharmony_client.step_checkpoint import StepCheckpoint
-from uharmony_model.errors import TrainingError
+from uharmony_client.training_steps import LocalData, Pull, StepListener, cosine, run_steps
 from uharmony_model.exchange.partition import Partition
+from uharmony_model.exchange.parts import place_of
 from uharmony_model.exchange.schema import flatten, unflatten
-from uharmony_model.losses import segmentation_loss
-from uharmony_model.patches import StoredVolume, draw_batch
-from uharmony_model.randomness import numpy_generator
+from uharmony_model.methods import Place
 from uharmony_model.study import Study, Training
-
-StepListener = Callable[[int, float], None]
-
-
-@dataclass(frozen=True)
-class LocalData:
-    """What a round trains on: opened volumes, the domain index of each, the classes annotated."""
-
-    site: str
-    volumes: Sequence[StoredVolume]
-    domains: Sequence[int]
-    annotated: Tensor
 
 
 @dataclass(frozen=True)
@@ -65,62 +57,97 @@ def train_round(
     Raises:
         TrainingError: the loss is not finite; the round leaves nothing behind.
     """
-    training, task = study.training, study.task
-    device = next(network.parameters()).device
+    training = study.training
     shared = unflatten(base, partition.shared_schema)
-    parameters = {k: v for k, v in before.items() if not k.startswith("optimizer/")}
-    network.load_state_dict(partition.merge(shared, parameters))
+    network.load_state_dict(partition.merge(shared, local_parameters(before)))
     optimizer = make_optimizer(network, training)
     if training.keep_optimizer:
         restore_moments(optimizer, network, before)
-
-    network.train()
-    annotated, done, total = data.annotated.to(device), 0, 0.0
     unfinished = None
     # The end of the round is kept as its generation, so a short round costs nothing here.
     if checkpoint is not None and training.local_steps > checkpoint.every:
         unfinished = checkpoint.of(network, optimizer, before)
-        done, total = unfinished.take_up()
-    for step in range(done, training.local_steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(training, (round_ - 1) * training.local_steps + step)
-        where = (data.site, round_, step)
-        image, label, cases = draw_batch(data.volumes, task, training, study.seed, *where)
-        domain = torch.tensor([data.domains[case] for case in cases], device=device)
-        alone = numpy_generator(study.seed, *where, "domain-dropout").random()
-        drop = alone < study.network.harmonization.domain_dropout
-
-        logits = network(image.to(device), domain, drop=drop)
-        loss = segmentation_loss(logits, label.to(device), task, annotated)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), training.gradient_clip)
-        optimizer.step()
-
-        value = loss.item()
-        if not math.isfinite(value):
-            raise TrainingError(
-                f"site {data.site}, round {round_}, step {step}: the loss is {value}; "
-                "check the intensity policy or lower training.learning_rate"
-            )
-        total += value
-        if unfinished is not None and step + 1 < training.local_steps:
-            unfinished.keep(step + 1, total)
-        if on_step is not None:
-            on_step(step, value)
-
+    loss = run_steps(
+        network,
+        optimizer,
+        data,
+        study,
+        round_=round_,
+        count=training.local_steps,
+        rate=lambda step: learning_rate(training, (round_ - 1) * training.local_steps + step),
+        learns=_learners(network, study),
+        pull=_proximal(network, study, shared),
+        unfinished=unfinished,
+        on_step=on_step,
+    )
     state = {k: v.detach().cpu() for k, v in network.state_dict().items()}
     trained, local = partition.split(state)
     update = flatten(trained, partition.shared_schema).sub_(base)
     if training.keep_optimizer:
         local = {**local, **moments(optimizer, network)}
     local = {key: tensor.clone() for key, tensor in local.items()}
-    return RoundResult(update, local, total / training.local_steps)
+    if study.plan.training == "twin":
+        local |= as_personal(_train_twin(network, data, study, partition, shared, before, round_))
+    return RoundResult(update, local, loss)
 
 
 def learning_rate(training: Training, step: int) -> float:
     """The rate at one step of all `rounds * local_steps`: a pure function, so no state to carry."""
     if training.schedule == "constant":
         return training.learning_rate
-    share = step / (training.rounds * training.local_steps)
-    return training.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share)))
+    return cosine(training.learning_rate, step / (training.rounds * training.local_steps))
+
+
+def _learners(network: nn.Module, study: Study) -> Callable[[int], Collection[str] | None]:
+    """Which parameters a step trains: FedRep's last block first, and then the rest."""
+    if study.plan.training != "alternating":
+        return lambda step: None
+    last = {key for key, place in place_of(network).items() if place is Place.LAST_BLOCK}
+    rest = {name for name, _ in network.named_parameters()} - last
+    alone = round(study.training.head_share * study.training.local_steps)
+    return lambda step: last if step < alone else rest
+
+
+def _proximal(network: nn.Module, study: Study, shared: Mapping[str, Tensor]) -> Pull | None:
+    if study.plan.training != "proximal":
+        return None
+    device = next(network.parameters()).device
+    return Pull(study.training.proximal, {k: v.to(device) for k, v in shared.items()})
+
+
+def _train_twin(
+    network: nn.Module,
+    data: LocalData,
+    study: Study,
+    partition: Partition,
+    shared: Mapping[str, Tensor],
+    before: Mapping[str, Tensor],
+    round_: int,
+) -> dict[str, Tensor]:
+    """Ditto's own model: as many steps again, on the same patches, pulled to the global weights.
+
+    It is trained whole after the round and has no step checkpoint: a power cut costs its steps.
+    """
+    training, own = study.training, personal_part(before)
+    start = partition.merge(shared, local_parameters(before))
+    parameters = local_parameters(own)
+    network.load_state_dict(from_names(network, parameters) if parameters else start)
+    optimizer = make_optimizer(network, training)
+    if training.keep_optimizer:
+        restore_moments(optimizer, network, own)
+    device = next(network.parameters()).device
+    run_steps(
+        network,
+        optimizer,
+        data,
+        study,
+        round_=round_,
+        count=training.local_steps,
+        rate=lambda step: learning_rate(training, (round_ - 1) * training.local_steps + step),
+        pull=Pull(training.proximal, {k: v.to(device) for k, v in shared.items()}),
+    )
+    state = {k: v.detach().cpu() for k, v in network.state_dict().items()}
+    kept = by_name(network, state)
+    if training.keep_optimizer:
+        kept |= moments(optimizer, network)
+    return {key: tensor.clone() for key, tensor in kept.items()}

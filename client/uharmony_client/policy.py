@@ -13,8 +13,8 @@ from pydantic import Field, PositiveFloat, field_validator
 
 from uharmony_model.errors import ConfigError, ExchangeError
 from uharmony_model.frozen import Frozen
-from uharmony_model.methods import RESIDUALS, Part
-from uharmony_model.study import METRICS, Metric, Study
+from uharmony_model.methods import Part
+from uharmony_model.study import CANDIDATES, METRICS, Metric, Study
 
 if TYPE_CHECKING:  # a command that only reads site.yaml need not load torch
     from torch import Tensor
@@ -22,8 +22,8 @@ if TYPE_CHECKING:  # a command that only reads site.yaml need not load torch
     from uharmony_model.exchange.payload import Value
 
 CASES, LOSS, N_CASES = "cases", "loss", "n_cases"
-STARTED_FROM = "started_from"  # the number of a round: bookkeeping, nothing about patients
-_HARMONIC = RESIDUALS | {Part.POLYNOMIAL}
+# Bookkeeping, nothing about patients: the number of a round; which model a site kept at the end.
+STARTED_FROM, KEPT = "started_from", "kept"
 # What an allowed metric brings with it: its interval.
 _WITH = {"dice": ("dice_low", "dice_high")}
 
@@ -59,9 +59,7 @@ class Policy(Frozen):
 
 def shared_parts(study: Study) -> tuple[Part, ...]:
     """The parts of the model that a study shares, in their declared order."""
-    # Only a harmonised network has phi, a polynomial and residuals.
-    absent = frozenset() if study.plan.harmonized else _HARMONIC
-    return tuple(p for p in Part if p not in study.plan.local | absent | {Part.INDEX})
+    return tuple(p for p in Part if p in study.parts and p not in study.plan.local)
 
 
 def differences(policy: Policy, study: Study) -> list[str]:
@@ -103,8 +101,8 @@ def apply_policy(update: Tensor, policy: Policy) -> Tensor:
 def allowed_values(values: Mapping[str, Value], policy: Policy) -> Mapping[str, Value]:
     """The same values; a second look at the names, after everything that made them.
 
-    A name is `cases`, `loss`, `started_from` (always allowed: the number of a round), or
-    `split/site/domain/class/metric`.
+    A name is `cases`, `loss`, `started_from` or `kept` (always allowed: the number of a round, the
+    name of a candidate), or `split/site/domain/class/metric`.
 
     Raises:
         ExchangeError: a name is not on the policy's list; nothing is dropped silently.
@@ -116,6 +114,8 @@ def allowed_values(values: Mapping[str, Value], policy: Policy) -> Mapping[str, 
         if name in single or (name == CASES and value == "equal"):
             continue
         if name == LOSS and value is None:
+            continue
+        if name == KEPT and value in CANDIDATES:
             continue
         if len(parts) == 5 and parts[-1] in means:
             continue

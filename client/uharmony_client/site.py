@@ -13,9 +13,9 @@ from uharmony_client.case_table import Case, CaseTable
 from uharmony_client.check.quarantine import load_quarantine, require_enough, without_quarantined
 from uharmony_client.device import choose_device
 from uharmony_client.local_store import LocalStore
-from uharmony_client.local_train import LocalData
 from uharmony_client.readers import read_cases
 from uharmony_client.site_config import SiteConfig, load_cases
+from uharmony_client.training_steps import LocalData
 from uharmony_client.volume_store import VolumeStore
 from uharmony_model.errors import DataError
 from uharmony_model.patches import StoredVolume

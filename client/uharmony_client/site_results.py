@@ -6,30 +6,23 @@ said of them is one of four words, always with the number of cases behind it.
 
 from __future__ import annotations
 
-import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import NonNegativeInt
-from torch import Tensor
-
 from uharmony_client.alone import alone_model, alone_site
 from uharmony_client.evaluate import CaseRow, evaluate_split, save_rows
 from uharmony_client.site import Site
-from uharmony_client.workbench import site_parameters
-from uharmony_model.bundle import Model, load_bundle, save_bundle
+from uharmony_client.site_models import kept_round
+from uharmony_model.bundle import Model, load_bundle
 from uharmony_model.errors import ConfigError, StoreError
-from uharmony_model.frozen import Frozen, parse
 from uharmony_model.metrics import bootstrap_interval
 from uharmony_model.randomness import numpy_generator
 
 Word = Literal["above", "below", "not below", "undecided"]
 MARGIN = 0.01  # one Dice point: what may be lost and still be called not below
-_ROUND_FILE = "round.json"
-_MAX_ROUND_BYTES = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -88,34 +81,6 @@ class SiteResults:
     alone_model: Path
 
 
-class _Round(Frozen):
-    round: NonNegativeInt
-
-
-def keep_federated_model(site: Site, shared: Mapping[str, Tensor], round_: int) -> Path:
-    """Keep the model after a round with the site's own parameters, whole or not at all.
-
-    Raises:
-        StoreError: the disk is full, or the site's generation of the round is damaged.
-    """
-    folder = federated_model(site)
-    save_bundle(
-        folder,
-        site.study,
-        shared,
-        {site.name: site_parameters(site, after_round=round_)},
-        {site.name: site.domains},
-        {site.name: site.modalities},
-        notes={_ROUND_FILE: json.dumps({"round": round_}).encode()},
-    )
-    return folder
-
-
-def federated_model(site: Site) -> Path:
-    """Where the federated model of the site's study is kept, with this site's entry."""
-    return site.config.store / "models" / site.study.digest
-
-
 def evaluate_site(site: Site, model_folder: Path) -> SiteResults:
     """Measure both models on the test split and keep the rows of every case as CSV.
 
@@ -124,7 +89,7 @@ def evaluate_site(site: Site, model_folder: Path) -> SiteResults:
             has no test case.
         StoreError: a model is damaged.
     """
-    own, round_ = alone_site(site), _kept_round(model_folder)
+    own, round_ = alone_site(site), kept_round(model_folder)
     federated = load_for_site(site, model_folder)
     if not (alone_model(site) / "study.json").is_file():
         raise ConfigError(f"{alone_model(site)}: no local-only model yet; train it first")
@@ -137,7 +102,7 @@ def evaluate_site(site: Site, model_folder: Path) -> SiteResults:
     rows: list[tuple[CaseRow, ...]] = []
     for where, model, number in (
         (site, federated, round_),
-        (own, alone, own.study.training.rounds),
+        (own, alone, kept_round(alone_model(site))),
     ):
         network = model.network.to(where.device)
         found = evaluate_split(network, where, "test", round_=number, slow=True)
@@ -256,17 +221,3 @@ def _comparison(
 
 def _dice(rows: Sequence[CaseRow]) -> dict[tuple[str, str], float | None]:
     return {(row.case, row.class_name): row.dice for row in rows}
-
-
-def _kept_round(folder: Path) -> int:
-    path = folder / _ROUND_FILE
-    try:
-        with path.open("rb") as file:
-            content = json.loads(file.read(_MAX_ROUND_BYTES))
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{folder}: no federated model of this study yet; it is kept after the last round"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise StoreError(f"{path}: not readable ({type(error).__name__}); restore it") from None
-    return parse(_Round, content, str(path)).round

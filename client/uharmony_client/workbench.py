@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from uharmony_client.optimizer import PREFIX
+from uharmony_client.personal import local_parameters
 from uharmony_client.site import Site
 from uharmony_model.errors import ExchangeError
 from uharmony_model.exchange.instruction import Instruction
@@ -65,7 +65,7 @@ class Workbench:
             self._weights = (opened, decode_body(opened.manifest, opened.body, schema))
             self._payload = payload
         (manifest, _, weights_digest), flat = self._weights
-        made_by = order.round - 1 if order.action == "train" else order.round
+        made_by = order.round if order.action == "evaluate" else order.round - 1
         found = (manifest.kind, manifest.study, manifest.round, weights_digest)
         if found != (Kind.MODEL, order.study, made_by, order.base):
             raise ExchangeError(
@@ -76,9 +76,12 @@ class Workbench:
         return flat
 
 
+def carried_after(site: Site, round_: int) -> dict[str, Tensor]:
+    """What the site carries as it stands after a round; a newcomer's residuals are zero."""
+    carried = site.store.before(site.study.digest, round_ + 1)
+    return initial_local(site.study, site.domains) if carried is None else carried
+
+
 def site_parameters(site: Site, *, after_round: int) -> dict[str, Tensor]:
-    """The site's own parameters as they stand after a round, without optimiser moments."""
-    local = site.store.before(site.study.digest, after_round + 1)
-    if local is None:
-        local = initial_local(site.study, site.domains)
-    return {k: v for k, v in local.items() if not k.startswith(PREFIX)}
+    """The site's own parameters of the federated model, without optimiser moments."""
+    return local_parameters(carried_after(site, after_round))

@@ -1,7 +1,8 @@
 """The coordinator's state after each round, so that a kill costs at most the round it falls into.
 
 FOLDER/round-000007/weights.safetensors    the shared tensors by name
-                    state.json             everything else, with digests of both
+                    momentum.safetensors   of the server's own optimiser, where it has one
+                    state.json             everything else, with digests of all
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from uharmony_model.frozen import Frozen
 from uharmony_server.admission import Refusal
 
 KEEP = 3
+_MOMENTUM = "momentum.safetensors"
 _ROUND = re.compile(r"^round-(\d{6,})$")
 _MAX_STATE_BYTES = 1 << 28
 _logger = logging.getLogger(__name__)
@@ -49,7 +51,9 @@ class Checkpoint:
     `norms` are those of every update admitted so far; `records` are JSON-able; `bytes_up` is what
     the admitted updates of each round weighed on the wire; `counted` are the sites of each round,
     `uncounted` the (round, site) pairs that were trained in vain, as far as known; `heads` are the
-    heads of the sites' ledgers as last seen; `hidden` are the sites that tell no number of cases.
+    heads of the sites' ledgers as last seen; `hidden` are the sites that tell no number of cases;
+    `at_home` are those that played the finale; `momentum` is what the server's own optimiser
+    carries, two moments `(n,)`.
     """
 
     round: int
@@ -64,6 +68,8 @@ class Checkpoint:
     uncounted: tuple[tuple[int, str], ...] = ()
     heads: Mapping[str, Receipt] = field(default_factory=dict)
     hidden: tuple[str, ...] = ()
+    at_home: tuple[str, ...] = ()
+    momentum: tuple[Tensor, Tensor] | None = None
 
     @cached_property
     def digest(self) -> str:
@@ -92,6 +98,8 @@ class _State(Frozen):
     uncounted: tuple[tuple[NonNegativeInt, str], ...] = ()
     heads: dict[str, Receipt] = Field(default_factory=dict)
     hidden: tuple[str, ...] = ()
+    at_home: tuple[str, ...] = ()
+    momentum: tuple[Digest, Digest] | None = None
 
 
 class _Sealed(Frozen):
@@ -123,6 +131,8 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
             uncounted=checkpoint.uncounted,
             heads=dict(checkpoint.heads),
             hidden=checkpoint.hidden,
+            at_home=checkpoint.at_home,
+            momentum=_digests(checkpoint.momentum),
         )
         text = canonical_json(_Sealed(sha256=_seal(state), state=state))
         tensors = unflatten(checkpoint.global_, checkpoint.schema)
@@ -133,6 +143,9 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     temporary = temporary_directory(final)
     try:
         save_file(tensors, temporary / "weights.safetensors")
+        if checkpoint.momentum is not None:
+            first, second = checkpoint.momentum
+            save_file({"first": first, "second": second}, temporary / _MOMENTUM)
         (temporary / "state.json").write_text(text, encoding="ascii")
         replace_directory(temporary, final)
     except (OSError, SafetensorError, StoreError) as error:
@@ -213,10 +226,29 @@ def _load(path: Path, number: int, study: str, schema: Schema) -> Checkpoint:
         uncounted=state.uncounted,
         heads=state.heads,
         hidden=state.hidden,
+        at_home=state.at_home,
+        momentum=_momentum(path, state),
     )
     if checkpoint.digest != state.weights:
         raise _DamagedError(f"{path}: damaged: the weights differ from their digest")
     return checkpoint
+
+
+def _momentum(path: Path, state: _State) -> tuple[Tensor, Tensor] | None:
+    if state.momentum is None:
+        return None
+    try:
+        found = load_file(path / _MOMENTUM)
+        moments = found["first"], found["second"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise _DamagedError(f"{path}: damaged: {_line(error)}") from None
+    if _digests(moments) != state.momentum:
+        raise _DamagedError(f"{path}: damaged: the server's moments differ from their digests")
+    return moments
+
+
+def _digests(moments: tuple[Tensor, Tensor] | None) -> tuple[str, str] | None:
+    return None if moments is None else (digest(moments[0]), digest(moments[1]))
 
 
 def _seal(state: _State) -> str:

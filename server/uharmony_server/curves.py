@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from uharmony_server.records import Record
+from uharmony_server.records import AT_HOME, Record
 from uharmony_server.summary import NO_SCORE, Score, metric_mean, withheld_of
 from uharmony_service.page import number, printable
 
@@ -107,9 +107,10 @@ class DotChart:
 
 def slots(arms: Sequence[str]) -> dict[str, int]:
     """A colour for each arm, the same in every report for the methods known by name."""
-    others = [arm for arm in arms if arm not in SLOTS]
+    plain = [arm.removesuffix(AT_HOME) for arm in arms]
+    others = list(dict.fromkeys(arm for arm in plain if arm not in SLOTS))
     free = {arm: OTHER_SLOTS[i % len(OTHER_SLOTS)] for i, arm in enumerate(others)}
-    return {arm: SLOTS.get(arm, free.get(arm, 0)) for arm in arms}
+    return {a: SLOTS.get(p, free.get(p, 0)) for a, p in zip(arms, plain, strict=True)}
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -127,7 +128,7 @@ def learning_curves(records: Sequence[Record], arms: Sequence[str]) -> list[Line
     values: dict[str, dict[str, dict[int, list[float]]]] = {}
     runs: dict[tuple[str, str, int, int], list[Record]] = {}
     for record in records:
-        if record.split == "validation":
+        if record.split == "validation" and record.kept is None:  # a choice is no point of a curve
             key = (record.site, record.arm, record.round, record.seed)
             runs.setdefault(key, []).append(record)
     for (site, arm, round_, _), group in sorted(runs.items()):

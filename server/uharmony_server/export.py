@@ -17,7 +17,6 @@ from pydantic import ValidationError
 from uharmony_model.bundle import save_bundle
 from uharmony_model.errors import ConfigError, StoreError
 from uharmony_model.exchange.schema import unflatten
-from uharmony_model.methods import RESIDUALS
 from uharmony_model.study import Study
 from uharmony_server.checkpoint import Checkpoint
 from uharmony_server.records import Record
@@ -146,7 +145,7 @@ def _results(study: Study, test: Sequence[Record]) -> str:
 
 
 def _use(study: Study) -> str:
-    needed = sorted(study.plan.local - RESIDUALS)
+    needed = [] if study.plan.serves_unseen else sorted(study.plan.local)
     without = (
         f"This method keeps {', '.join(needed)} at the sites, so these weights alone do not "
         "predict: a site that took part uses them with its own parameters."

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from uharmony_model.errors import ExchangeError
 from uharmony_model.exchange.payload import Value
-from uharmony_model.study import Split, Study
+from uharmony_model.study import CANDIDATES, Split, Study
 from uharmony_server.admission import AdmittedMetrics
 from uharmony_server.records import Record
 
@@ -20,6 +20,8 @@ _INTERVAL = frozenset({"dice_low", "dice_high"})
 def records_from_metrics(study: Study, round_: int, metrics: AdmittedMetrics) -> list[Record]:
     """One record for each split, site, domain and class that `metrics` speaks of.
 
+    Those of the finale, in the round after the last, say which model the site kept.
+
     A site may speak of itself only; where a study pools the cases of several sites in one place,
     that place speaks of all.
 
@@ -29,7 +31,14 @@ def records_from_metrics(study: Study, round_: int, metrics: AdmittedMetrics) ->
     asked = frozenset(study.evaluation.metrics)
     known = asked | _COUNT | (_INTERVAL if "dice" in asked else frozenset())
     groups: dict[tuple[str, str, str, str], dict[str, Value]] = {}
+    finale = {"kept": metrics.values.get("kept")} if round_ > study.training.rounds else {}
+    if finale and finale["kept"] not in CANDIDATES:
+        raise ExchangeError(
+            f"the finale kept {finale['kept']!r:.80}, expected one of {', '.join(CANDIDATES)}"
+        )
     for name, value in metrics.values.items():
+        if name in finale:
+            continue
         parts = name.split("/")
         if len(parts) != 5:
             raise ExchangeError(f"metric {name!r:.80}: expected split/site/domain/class/metric")
@@ -54,6 +63,7 @@ def records_from_metrics(study: Study, round_: int, metrics: AdmittedMetrics) ->
                     "domain": domain,
                     "class": class_name,
                     **values,
+                    **finale,
                 }
             )
             for (split, site, domain, class_name), values in sorted(groups.items())

@@ -26,8 +26,9 @@ from pydantic import (
 from uharmony_model.atomic import write_atomic
 from uharmony_model.errors import StoreError
 from uharmony_model.frozen import Frozen
-from uharmony_model.study import METRICS, Split
+from uharmony_model.study import METRICS, Candidate, Split
 
+AT_HOME = " +home"  # after an arm's name: with the sites' own last steps
 MAX_RESULTS_BYTES = 1 << 28
 
 Label = Annotated[str, Field(max_length=200)]
@@ -36,7 +37,10 @@ Withheld = Annotated[str, Field(pattern=r"^<[1-9][0-9]{0,3}$")]
 
 
 class Record(Frozen):
-    """`dice_low` and `dice_high` bound the mean over cases with 95 % (bootstrap)."""
+    """`dice_low` and `dice_high` bound the mean over cases with 95 % (bootstrap).
+
+    `kept` says which model the site kept at its finale, where it is that one that was measured.
+    """
 
     arm: Label
     seed: NonNegativeInt
@@ -55,6 +59,7 @@ class Record(Frozen):
     hd95_mm: NonNegativeFloat | None = None
     lesion_recall: Share | None = None
     fp_per_case: NonNegativeFloat | None = None
+    kept: Candidate | None = None
 
     @model_validator(mode="after")
     def _nothing_of_few(self) -> Record:
@@ -62,6 +67,11 @@ class Record(Frozen):
         if self.withheld and any(getattr(self, name) is not None for name in named):
             raise ValueError(f"n_cases is {self.withheld}, so no metric may be given")
         return self
+
+    @property
+    def column(self) -> str:
+        """The arm as tables show it: apart, what its sites made of it at home."""
+        return self.arm if self.kept is None else f"{self.arm}{AT_HOME}"
 
     @property
     def withheld(self) -> str:

@@ -18,15 +18,15 @@ from uharmony_model.methods import METHODS
 from uharmony_model.study import Study
 from uharmony_server import curves
 from uharmony_server.admission import Refusal
-from uharmony_server.records import Record
+from uharmony_server.records import AT_HOME, Record
 from uharmony_server.summary import (
-    LOCAL,
     NO_SCORE,
     Score,
     arms_of,
     last_test,
     mean_over_sites,
     most_cases,
+    reference_of,
     score,
     site_gains,
     site_scores,
@@ -133,7 +133,7 @@ def _results(records: Sequence[Record], classes: Sequence[str]) -> dict[str, obj
     gain_means, gain_common = mean_over_sites(gains, sites, compared := _compared(arms))
     return {
         "arms": arms,
-        "meanings": {arm: METHODS[arm].meaning if arm in METHODS else "" for arm in arms},
+        "meanings": {arm: _meaning(arm) for arm in arms},
         "slots": curves.slots(arms),
         "sites": sites,
         "seeds": sorted({r.seed for r in records}),
@@ -201,8 +201,16 @@ def _all_cases(
     return f"> {known}" if any(s.withheld for row in rows for s in row) else str(known)
 
 
+def _meaning(column: str) -> str:
+    arm = column.removesuffix(AT_HOME)
+    meaning = METHODS[arm].meaning if arm in METHODS else ""
+    if arm == column:
+        return meaning
+    return f"{meaning}; then each site's own last steps, and its choice by validation"
+
+
 def _compared(arms: Sequence[str]) -> list[str]:
-    return [arm for arm in arms if arm != LOCAL] if LOCAL in arms else []
+    return [arm for arm in arms if arm != (own := reference_of(arm)) and own in arms]
 
 
 def _finding(
@@ -233,7 +241,7 @@ def _details(
     groups: dict[str, dict[tuple[str, str, int], list[Record]]] = {c: {} for c in classes}
     groups |= {name: {} for name in others}
     for record in test:
-        key = (record.site, record.domain, arms.index(record.arm))
+        key = (record.site, record.domain, arms.index(record.column))
         groups[record.class_].setdefault(key, []).append(record)
     details = {}
     for name, rows in groups.items():

@@ -74,7 +74,7 @@ def run_rounds(
         state = Checkpoint(round=0, global_=initial, schema=schema, study=study.digest)
     if patience is None:
         strategy = HarmonyStrategy(study, state)
-        if state.round < study.training.rounds:
+        if state.round < study.training.rounds or _finale_due(strategy):
             strategy.greet(grid, timeout=timeout)
     else:
         strategy = HarmonyStrategy(
@@ -99,6 +99,14 @@ def run_rounds(
         save(folder, strategy.state)
         if on_round is not None:
             on_round(strategy.state)
+    if _finale_due(strategy):
+        if patience is not None:
+            with suppress(QuorumError):  # whoever is there; nobody is waited for
+                strategy.greet(grid, timeout=_FAREWELL_SECONDS)
+        _finale(strategy, grid, timeout)
+        save(folder, strategy.state)
+        if on_round is not None:
+            on_round(strategy.state)
     if patience is not None:
         # Also after a restart: a kill may have come between the last round and the farewell.
         with suppress(QuorumError):
@@ -114,3 +122,13 @@ def _one_round(strategy: HarmonyStrategy, round_: int, grid: Grid, timeout: floa
     if arrays is not None and splits_due(strategy.study, round_):
         asked = strategy.configure_evaluate(round_, arrays, nothing, grid)
         strategy.aggregate_evaluate(round_, grid.send_and_receive(asked, timeout=timeout))
+
+
+def _finale_due(strategy: HarmonyStrategy) -> bool:
+    """Whether the sites are to be asked for their last steps; once any has answered, no more."""
+    return bool(strategy.study.finale.steps) and not strategy.state.at_home
+
+
+def _finale(strategy: HarmonyStrategy, grid: Grid, timeout: float | None) -> None:
+    asked = strategy.configure_finale(strategy.arrays())
+    strategy.aggregate_finale(grid.send_and_receive(asked, timeout=timeout))

@@ -8,13 +8,11 @@ updates are held, so that memory does not grow with the number of sites.
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
-import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
@@ -22,8 +20,8 @@ from flwr.serverapp.strategy import Strategy
 from uharmony_model.errors import ExchangeError, QuorumError
 from uharmony_model.exchange.hello import check_hello
 from uharmony_model.exchange.instruction import Instruction
-from uharmony_model.exchange.payload import Kind, encode, quantize
-from uharmony_model.schedule import splits_due
+from uharmony_model.exchange.payload import Kind, encode
+from uharmony_model.schedule import finale_round, splits_due
 from uharmony_model.study import Study
 from uharmony_server.admission import (
     Admitted,
@@ -44,6 +42,7 @@ from uharmony_server.replies import (
     refusal,
     refusal_of,
 )
+from uharmony_server.server_step import next_weights
 
 SiteOf = Callable[[int], str | None]  # whose certificate a node has
 
@@ -163,19 +162,17 @@ class HarmonyStrategy(Strategy):
         self.nodes = {n: s for n, s in self.nodes.items() if s not in unsaid}
         self._require_members(server_round, admitted)
         self._require_quorum(server_round, admitted)
-        weights = total.apply(self.state.global_)
-        if not math.isfinite(float(weights.abs().sum(dtype=torch.float64))):
-            raise ExchangeError(
-                f"round {server_round}: the sum of the updates is not finite; lower "
-                "federation.norm_bound. The last checkpoint is untouched"
-            )
-        # The lossy downlink belongs to the study: what is sent is what counts.
-        if self.study.codec.down != "fp32":
-            step = quantize(weights - self.state.global_, self.study.codec.down)
-            weights = self.state.global_ + step
+        weights, momentum = next_weights(
+            self.study,
+            server_round,
+            self.state.global_,
+            total.apply(self.state.global_),
+            self.state.momentum,
+        )
         self.state = self.state.with_changes(
             round=server_round,
             global_=weights,
+            momentum=momentum,
             norms=(*self.state.norms, *(norm for _, norm in admitted.values())),
             bytes_up=(*self.state.bytes_up, size),
             counted=(*self.state.counted, tuple(sorted(admitted))),
@@ -204,31 +201,54 @@ class HarmonyStrategy(Strategy):
         )
         return self._messages(order, "evaluate", arrays)
 
+    def configure_finale(self, arrays: ArrayRecord) -> Iterable[Message]:
+        """Ask every site for its own steps from the last weights, and what it kept."""
+        order = Instruction(
+            action="finale",
+            study=self.study.digest,
+            round=finale_round(self.study),
+            base=self.state.digest,
+            final=True,
+        )
+        return self._messages(order, "train.finale", arrays)
+
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """Keep every site's means as records; a site that could not measure is named."""
+        records = self._records(server_round, replies)
+        self.state = self.state.with_changes(records=(*self.state.records, *records))
+        dice = [r["dice"] for r in records if isinstance(r["dice"], float)]
+        return MetricRecord({"dice": statistics.fmean(dice)}) if dice else None
+
+    def aggregate_finale(self, replies: Iterable[Message]) -> None:
+        """As after an evaluation; the sites that answered are not asked again."""
+        records = self._records(finale_round(self.study), replies)
+        sites = {str(r["site"]) for r in records} | set(self.state.at_home)
+        self.state = self.state.with_changes(
+            records=(*self.state.records, *records), at_home=tuple(sorted(sites))
+        )
+
+    def _records(self, round_: int, replies: Iterable[Message]) -> list[dict[str, object]]:
         records: list[dict[str, object]] = []
-        for site, reply in self._in_order(replies, server_round):
+        for site, reply in self._in_order(replies, round_):
             payload = payload_of(reply)
             verdict = (
-                refusal_of(reply, site, server_round)
+                refusal_of(reply, site, round_)
                 if payload is None
-                else admit_metrics(payload, self._expected(site, server_round))
+                else admit_metrics(payload, self._expected(site, round_))
             )
             if isinstance(verdict, Refusal):
                 self._refuse(verdict)
                 continue
             try:
-                found = records_from_metrics(self.study, server_round, verdict)
+                found = records_from_metrics(self.study, round_, verdict)
             except ExchangeError as error:
                 reason = RefusalReason.WRONG_SCHEMA
-                self._refuse(refusal(site, server_round, reason, str(error)))
+                self._refuse(refusal(site, round_, reason, str(error)))
                 continue
             records += [record.model_dump(mode="json", by_alias=True) for record in found]
-        self.state = self.state.with_changes(records=(*self.state.records, *records))
-        dice = [r["dice"] for r in records if isinstance(r["dice"], float)]
-        return MetricRecord({"dice": statistics.fmean(dice)}) if dice else None
+        return records
 
     def summary(self) -> None:
         """Nothing is printed: progress belongs to the command, records to the report."""

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from uharmony_model.methods import METHODS
-from uharmony_server.records import Record
+from uharmony_server.records import AT_HOME, Record
 from uharmony_service.page import number, points, printable
 
 LOCAL = "local"
@@ -45,9 +45,15 @@ NO_SCORE = Score(None, None, None, 0, 0)
 
 
 def arms_of(records: Iterable[Record]) -> list[str]:
-    """Arms in the order of the methods, then the others by name."""
+    """Columns of tables: arms in the order of the methods, then others, each before its finale."""
     known = {name: index for index, name in enumerate(METHODS)}
-    return sorted({r.arm for r in records}, key=lambda arm: (known.get(arm, len(known)), arm))
+    columns = {r.column: r.arm for r in records}
+    return sorted(columns, key=lambda c: (known.get(columns[c], len(known)), columns[c], c))
+
+
+def reference_of(column: str) -> str:
+    """What a column is compared with: the site alone, after as many steps."""
+    return f"{LOCAL}{AT_HOME}" if column.endswith(AT_HOME) else LOCAL
 
 
 def sites_of(records: Iterable[Record]) -> list[str]:
@@ -60,9 +66,9 @@ def last_test(records: Iterable[Record]) -> list[Record]:
     test = [r for r in records if r.split == "test"]
     last: dict[tuple[str, int], int] = {}
     for record in test:
-        run = (record.arm, record.seed)
+        run = (record.column, record.seed)
         last[run] = max(last.get(run, 0), record.round)
-    return [r for r in test if r.round == last[r.arm, r.seed]]
+    return [r for r in test if r.round == last[r.column, r.seed]]
 
 
 def metric_mean(records: Sequence[Record], metric: str) -> float | None:
@@ -100,24 +106,24 @@ def site_scores(records: Iterable[Record]) -> dict[tuple[str, str], Score]:
     """Test Dice by (site, arm); a pair that was not measured is missing."""
     groups: dict[tuple[str, str], list[Record]] = {}
     for record in last_test(records):
-        groups.setdefault((record.site, record.arm), []).append(record)
+        groups.setdefault((record.site, record.column), []).append(record)
     return {key: score(group) for key, group in groups.items()}
 
 
-def site_gains(records: Iterable[Record], reference: str = LOCAL) -> dict[tuple[str, str], Score]:
-    """Dice minus the reference arm's at the same site and seed, by (site, arm).
+def site_gains(records: Iterable[Record]) -> dict[tuple[str, str], Score]:
+    """Dice minus the local-only model's of equal steps, same site and seed, by (site, arm).
 
-    Runs with a seed that the reference does not have are left out. The interval is the range
+    Runs with a seed that the local arm does not have are left out. The interval is the range
     over seeds; for one seed there is none, as means alone do not tell chance from effect.
     """
     runs: dict[tuple[str, str, int], list[Record]] = {}
     for record in last_test(records):
-        runs.setdefault((record.site, record.arm, record.seed), []).append(record)
+        runs.setdefault((record.site, record.column, record.seed), []).append(record)
     dice = {key: metric_mean(group, "dice") for key, group in runs.items()}
     differences: dict[tuple[str, str], list[float]] = {}
     for (site, arm, seed), value in dice.items():
-        base = dice.get((site, reference, seed))
-        if arm != reference and value is not None and base is not None:
+        base = dice.get((site, reference_of(arm), seed))
+        if arm != reference_of(arm) and value is not None and base is not None:
             differences.setdefault((site, arm), []).append(value - base)
     gains = {}
     for (site, arm), values in differences.items():

@@ -14,16 +14,20 @@ from flwr.serverapp import Grid
 
 from uharmony_client.case_figures import draw_site_cases
 from uharmony_client.flower_app import OnStep, make_client_app
+from uharmony_client.personal import model_state
 from uharmony_client.site import Opened, Site
 from uharmony_client.site_config import load_site
-from uharmony_client.workbench import site_parameters
+from uharmony_client.site_models import site_entry
+from uharmony_client.workbench import carried_after
 from uharmony_model.atomic import write_atomic
 from uharmony_model.bundle import save_bundle
 from uharmony_model.errors import ConfigError
 from uharmony_model.exchange.partition import Partition
-from uharmony_model.exchange.schema import Schema, flatten, unflatten
+from uharmony_model.exchange.schema import Schema, unflatten
+from uharmony_model.initial import initial_weights
 from uharmony_model.networks import build_network
 from uharmony_model.participation import Participation
+from uharmony_model.schedule import finale_round
 from uharmony_model.study import Study
 from uharmony_server.checkpoint import Checkpoint
 from uharmony_server.rounds import OnRound, run_rounds
@@ -60,8 +64,11 @@ class Arm:
             return cls(name, seed, changed, tuple(sites))
         steps = study.training.local_steps * len(sites)
         training = changed.training.model_copy(update={"local_steps": steps})
+        finale = changed.finale.model_copy(update={"steps": changed.finale.steps * len(sites)})
         federation = changed.federation.model_copy(update={"min_sites": 1})
-        changed = changed.model_copy(update={"training": training, "federation": federation})
+        changed = changed.model_copy(
+            update={"training": training, "finale": finale, "federation": federation}
+        )
         return cls(name, seed, changed, (POOLED,))
 
 
@@ -157,29 +164,23 @@ def run_arm(
     write_atomic(folder / "done.json", json.dumps(outcome, indent=1).encode(), mode=0o644)
 
 
-def initial_weights(study: Study) -> tuple[Schema, torch.Tensor]:
-    """The shared tensors of a freshly built network: what round 1 starts from.
-
-    Shared tensors do not depend on the number of domains, so any name serves here.
-    """
-    network = build_network(study, ("any",), seed=study.seed)
-    partition = Partition.of(network, study.plan.local)
-    shared, _ = partition.split(network.state_dict())
-    return partition.shared_schema, flatten(shared, partition.shared_schema)
-
-
 def _keep_model(
     arm: Arm, schema: Schema, state: Checkpoint, opener: SiteOpener, folder: Path
 ) -> None:
     """The model to hand out, and two pictures a site, from the last round."""
     opened = [opener.named(name) for name in arm.sites]
-    shared = unflatten(state.global_, schema)
-    local = {s.name: site_parameters(s, after_round=state.round) for s in opened}
+    shared, last = unflatten(state.global_, schema), state.round
+    if arm.study.finale.steps:
+        last = finale_round(arm.study)
+    carried = {s.name: carried_after(s, last) for s in opened}
+    entries = {name: site_entry(tensors) for name, tensors in carried.items()}
+    local = {name: tensors for name, (tensors, _) in entries.items()}
+    whole = [name for name, (_, whole) in entries.items() if whole]
     domains = {s.name: s.domains for s in opened}
     modalities = {s.name: s.modalities for s in opened}
-    save_bundle(folder / "model", arm.study, shared, local, domains, modalities)
+    save_bundle(folder / "model", arm.study, shared, local, domains, modalities, whole=whole)
     for site in opened:
         network = build_network(arm.study, site.domains, seed=arm.seed).to(site.device)
         partition = Partition.of(network, arm.study.plan.local)
-        network.load_state_dict(partition.merge(shared, local[site.name]))
-        draw_site_cases(network, site, state.round, folder / "figures")
+        network.load_state_dict(model_state(network, partition, shared, carried[site.name]))
+        draw_site_cases(network, site, last, folder / "figures")

@@ -22,12 +22,13 @@ from tests.faults.record import keep
 from tests.support.kill import Killed, killed_at
 from tests.support.tiny import tiny_study, write_folder
 from uharmony_client.flower_app import make_client_app
+from uharmony_model.initial import initial_weights
 from uharmony_model.study import Study
 from uharmony_server import rounds
 from uharmony_server.aggregate import WeightedSum
 from uharmony_server.checkpoint import Checkpoint, load_latest, save
 from uharmony_server.rounds import run_rounds
-from uharmony_simulation.arms import Arm, Machine, SiteOpener, initial_weights
+from uharmony_simulation.arms import Arm, Machine, SiteOpener
 from uharmony_simulation.config import Simulation
 from uharmony_simulation.engine import InProcessGrid
 from uharmony_simulation.sites import make_sites

@@ -17,12 +17,13 @@ from uharmony_client.site import Site
 from uharmony_model.errors import DataError
 from uharmony_model.exchange.partition import Partition
 from uharmony_model.exchange.payload import Kind, digest, encode, read_manifest
+from uharmony_model.initial import initial_weights
 from uharmony_model.methods import METHODS
 from uharmony_model.networks import build_network
 from uharmony_model.study import Study
 from uharmony_server.checkpoint import Checkpoint
 from uharmony_server.rounds import run_rounds
-from uharmony_simulation.arms import Arm, Machine, SiteOpener, initial_weights
+from uharmony_simulation.arms import Arm, Machine, SiteOpener
 from uharmony_simulation.config import Simulation
 from uharmony_simulation.engine import InProcessGrid, site_of
 from uharmony_simulation.sites import make_sites
@@ -248,24 +249,28 @@ def test_no_local_tensor_leaves_and_none_is_forgotten(tmp_path, data, method):
     assert {k.split("@")[0] for k in kept} == set(partition.local_keys)
 
 
-def test_fedbn_keeps_its_norms_and_differs_from_fedavg(tmp_path, data):
+@pytest.mark.parametrize(
+    ("averaged", "kept_there", "owner"),
+    [("fedavg", "fedbn-in", "InstanceNorm3d"), ("fedavg-bn", "fedbn", "BatchNorm3d")],
+)
+def test_fedbn_keeps_its_norms_and_differs_from_fedavg(tmp_path, data, averaged, kept_there, owner):
     schemas, states = {}, {}
-    for method in ("fedavg", "fedbn"):
+    for method in (averaged, kept_there):
         federation = Federation(tmp_path / method, data, tiny_study(method=method))
         states[method] = federation.run()
         schemas[method], _ = initial_weights(federation.arm.study)
     shared = {m: {t.name for t in s.tensors} for m, s in schemas.items()}
-    kept = shared["fedavg"] - shared["fedbn"]
+    kept = shared[averaged] - shared[kept_there]
     assert kept
-    network = build_network(tiny_study(method="fedbn"), ("alpha",), seed=0)
+    network = build_network(tiny_study(method=kept_there), ("alpha",), seed=0)
     modules = dict(network.named_modules())
     owners = {type(modules[key.rpartition(".")[0]]).__name__ for key in kept}
-    assert owners == {"InstanceNorm3d"}
+    assert owners == {owner}
     split = lambda m: torch.split(  # noqa: E731 - two uses, two lines apart
         states[m].global_, [int(torch.tensor(t.shape).prod()) for t in schemas[m].tensors]
     )
-    fedavg = dict(zip([t.name for t in schemas["fedavg"].tensors], split("fedavg"), strict=True))
-    fedbn = dict(zip([t.name for t in schemas["fedbn"].tensors], split("fedbn"), strict=True))
+    fedavg = dict(zip([t.name for t in schemas[averaged].tensors], split(averaged), strict=True))
+    fedbn = dict(zip([t.name for t in schemas[kept_there].tensors], split(kept_there), strict=True))
     assert any(not torch.equal(fedavg[k], fedbn[k]) for k in fedbn)
 
 

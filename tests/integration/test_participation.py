@@ -16,12 +16,13 @@ from uharmony_client.local_train import train_round
 from uharmony_model.errors import ConfigError, StoreError
 from uharmony_model.exchange.partition import Partition
 from uharmony_model.exchange.payload import digest
+from uharmony_model.initial import initial_weights
 from uharmony_model.networks import build_network
 from uharmony_model.participation import Participation, dump
 from uharmony_server.aggregate import WeightedSum
 from uharmony_server.checkpoint import Checkpoint
 from uharmony_server.rounds import run_rounds
-from uharmony_simulation.arms import Arm, Machine, SiteOpener, initial_weights, run_arm
+from uharmony_simulation.arms import Arm, Machine, SiteOpener, run_arm
 from uharmony_simulation.config import Simulation
 from uharmony_simulation.engine import InProcessGrid
 from uharmony_simulation.participation import ParticipationGrid, check_sites

@@ -15,19 +15,16 @@ from tests.support.tiny import tiny_study, write_folder
 from uharmony_client.alone import alone_model, alone_site, train_alone
 from uharmony_client.flower_app import make_client_app
 from uharmony_client.site import Site
+from uharmony_client.site_models import federated_model, keep_federated_model
 from uharmony_client.site_report import write_site_report
-from uharmony_client.site_results import (
-    SiteResults,
-    evaluate_site,
-    federated_model,
-    keep_federated_model,
-)
+from uharmony_client.site_results import SiteResults, evaluate_site
 from uharmony_model.bundle import load_bundle
 from uharmony_model.errors import ConfigError, StoreError
 from uharmony_model.exchange.schema import unflatten
+from uharmony_model.initial import initial_weights
 from uharmony_server.checkpoint import Checkpoint
 from uharmony_server.rounds import run_rounds
-from uharmony_simulation.arms import Arm, Machine, SiteOpener, initial_weights
+from uharmony_simulation.arms import Arm, Machine, SiteOpener
 from uharmony_simulation.config import Simulation
 from uharmony_simulation.engine import InProcessGrid
 from uharmony_simulation.sites import make_sites
@@ -212,7 +209,7 @@ def test_a_damaged_round_of_the_local_only_model_is_not_skipped(federated, tmp_p
 
     with pytest.raises(_Killed):
         train_alone(site, on_step=stop)
-    path = alone_model(site).parent / "round-000002" / "local.safetensors"
+    path = alone_site(site).store.folder / "round-000002" / "local.safetensors"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)

@@ -29,11 +29,12 @@ class Instruction(Frozen):
     """One request: say hello, train a round from the global weights `base`, or evaluate them.
 
     `final` asks for what is done once, after the last round; `splits` says on which cases to
-    evaluate; `finish` says that the study is over. `receipt` returns to a site what the
+    evaluate; `finale` asks for the site's own steps from the last weights, in the round after the
+    last; `finish` says that the study is over. `receipt` returns to a site what the
     coordinator has seen of its ledger, so that neither can rewrite it later.
     """
 
-    action: Literal["hello", "train", "evaluate", "finish"]
+    action: Literal["hello", "train", "evaluate", "finale", "finish"]
     study: Digest
     round: Annotated[NonNegativeInt, Field(lt=2**31)]
     base: OptionalDigest = ""

@@ -14,10 +14,10 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from uharmony_model.errors import PartitionError
-from uharmony_model.exchange.parts import part_of
+from uharmony_model.exchange.parts import part_of, place_of
 from uharmony_model.exchange.schema import Schema
 from uharmony_model.harmonize import stacked_keys
-from uharmony_model.methods import Part
+from uharmony_model.methods import Part, Place
 from uharmony_model.study import Name
 
 __all__ = ["Partition", "part_of"]
@@ -40,15 +40,15 @@ class Partition:
     _constants: Mapping[str, Tensor]
 
     @classmethod
-    def of(cls, model: nn.Module, local: frozenset[Part]) -> Partition:
-        """Classify every tensor of a model; `local` are the parts that stay at the site.
+    def of(cls, model: nn.Module, local: frozenset[Part | Place]) -> Partition:
+        """Classify every tensor of a model; `local` are parts and places that stay at the site.
 
         Integer statistics (a norm's batch counter) always stay: they cannot be averaged.
 
         Raises:
             PartitionError: a tensor has no declared fate, or a name would be ambiguous.
         """
-        state, parts = model.state_dict(), part_of(model)
+        state, parts, places = model.state_dict(), part_of(model), place_of(model)
         domains = _checked_domains(getattr(model, "domains", ()))
         shared: list[str] = []
         kept: list[str] = []
@@ -58,7 +58,8 @@ class Partition:
             if part is Part.INDEX:
                 continue
             counter = part is Part.NORM_STATISTICS and not state[key].is_floating_point()
-            (kept if part in local or counter else shared).append(key)
+            stays = part in local or places.get(key) in local or counter
+            (kept if stays else shared).append(key)
         stacked = stacked_keys(model) & set(kept)
         for key in stacked:
             if state[key].shape[:1] != (len(domains),):

@@ -11,9 +11,11 @@ from collections.abc import Iterator, Mapping
 from monai.networks.nets.swin_unetr import WindowAttention
 from torch import nn
 
+from uharmony_model.depthwise_residual import DepthwiseResidual
 from uharmony_model.errors import PartitionError
 from uharmony_model.harmonic_layer import HarmonicNorm
-from uharmony_model.methods import Part
+from uharmony_model.methods import Part, Place
+from uharmony_model.perxan import PerxanNorm
 from uharmony_model.residual_conv import ResidualConv
 
 _WEIGHTS = {"weight": Part.BACKBONE, "bias": Part.BACKBONE}
@@ -35,8 +37,12 @@ _ATTENTION = {
     "relative_position_bias_table": Part.BACKBONE,
     "relative_position_index": Part.INDEX,
 }
+# Its batch norm is a module of its own, and a plain norm.
+_PERXAN = {"weight": Part.BACKBONE, "bias": Part.BACKBONE, "mix": Part.BACKBONE}
 _RULES: tuple[tuple[tuple[type[nn.Module], ...], Mapping[str, Part]], ...] = (
     ((HarmonicNorm,), _HARMONIC),
+    ((DepthwiseResidual,), {"kernel_residual": Part.DEPTHWISE_RESIDUAL}),
+    ((PerxanNorm,), _PERXAN),
     ((nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.PReLU), _WEIGHTS),
     ((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), _WEIGHTS),
     ((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm), _NORM),
@@ -65,6 +71,17 @@ def part_of(model: nn.Module) -> dict[str, Part]:
             )
         parts[key] = part
     return parts
+
+
+def place_of(model: nn.Module) -> dict[str, Place]:
+    """Where a tensor lies, by key; only those of the first and the last block have a place."""
+    places: Mapping[str, Place] = getattr(model, "places", {})
+    return {
+        key: place
+        for key in model.state_dict()
+        for path, place in places.items()
+        if key.startswith(f"{path}.")
+    }
 
 
 def _owners(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, str]]]:

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from tests.support.blobs import volumes
 from tests.support.tiny import tiny_study
-from uharmony_client.local_train import LocalData, learning_rate, train_round
+from uharmony_client.local_train import learning_rate, train_round
 from uharmony_client.optimizer import PREFIX, make_optimizer, moments, restore_moments
 from uharmony_client.policy import Policy, apply_policy
+from uharmony_client.training_steps import LocalData
 from uharmony_model.errors import TrainingError
 from uharmony_model.exchange.partition import Partition
 from uharmony_model.exchange.schema import flatten

@@ -17,25 +17,38 @@ from uharmony_model.errors import ConfigError, ExchangeError
 from uharmony_model.methods import METHODS, RESIDUALS, Part
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", set(METHODS) - {"uharmony-averaged"})
 def test_the_default_policy_allows_every_method_and_never_a_residual(method):
     study = tiny_study(method=method)
     assert differences(Policy(), study) == []
     assert not RESIDUALS & set(shared_parts(study))
 
 
+def test_no_policy_allows_the_control_that_averages_residuals():
+    lines = differences(Policy(), tiny_study(method="uharmony-averaged"))
+    assert [line.split()[3].rstrip(",") for line in lines] == [
+        "phi",
+        "stem_residual",
+        "head_residual",
+    ]
+
+
 def test_the_parts_that_methods_share():
     assert shared_parts(tiny_study(method="local")) == ()
     assert shared_parts(tiny_study(method="fedbn")) == (Part.BACKBONE,)
-    plain = (Part.BACKBONE, Part.NORM_AFFINE, Part.NORM_STATISTICS)
+    plain = (Part.BACKBONE, Part.NORM_AFFINE)
     assert shared_parts(tiny_study(method="fedavg")) == plain
-    assert shared_parts(tiny_study(method="uharmony")) == (*plain, Part.POLYNOMIAL)
+    assert shared_parts(tiny_study(method="fedavg-bn")) == (*plain, Part.NORM_STATISTICS)
+    assert shared_parts(tiny_study(method="silobn")) == plain
+    assert shared_parts(tiny_study(method="gperxan")) == (Part.BACKBONE,)
+    assert shared_parts(tiny_study(method="u2net")) == (Part.BACKBONE,)
+    assert shared_parts(tiny_study(method="uharmony")) == (Part.BACKBONE, Part.POLYNOMIAL)
 
 
 def test_each_thing_beyond_the_policy_has_a_line_of_its_own():
     policy = Policy(share=(Part.BACKBONE,), metrics=("dice", "loss"))
     lines = differences(
-        policy, tiny_study(method="fedavg", evaluation={"metrics": ["dice", "hd95_mm"]})
+        policy, tiny_study(method="fedavg-bn", evaluation={"metrics": ["dice", "hd95_mm"]})
     )
     named = ("norm_affine", "norm_statistics", "hd95_mm", "cases")
     assert len(lines) == len(named)

@@ -12,8 +12,9 @@ import torch
 from tests.support.blobs import volumes
 from tests.support.tiny import tiny_study
 from uharmony_client.local_store import UNFINISHED, LocalStore, RoundKey
-from uharmony_client.local_train import LocalData, RoundResult, train_round
+from uharmony_client.local_train import RoundResult, train_round
 from uharmony_client.step_checkpoint import EVERY, StepCheckpoint
+from uharmony_client.training_steps import LocalData
 from uharmony_model.errors import StoreError
 from uharmony_model.exchange.partition import Partition
 from uharmony_model.exchange.schema import flatten

@@ -86,7 +86,7 @@ def test_methods_without_needed_local_parts_work_without_a_site(write_bundle, me
     assert load_bundle(folder, None).network(x).shape == (1, 3, 8, 8, 8)
 
 
-@pytest.mark.parametrize("method", ["local", "fedbn"])
+@pytest.mark.parametrize("method", ["local", "fedbn-in"])
 def test_methods_that_keep_weights_at_the_sites_need_one(write_bundle, method):
     folder, _, _ = write_bundle(method)
     with pytest.raises(ConfigError, match=r"keeps .*norm_affine.* choose --site from north, south"):

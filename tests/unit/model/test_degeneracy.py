@@ -7,10 +7,11 @@ import torch
 from monai.networks.nets.swin_unetr import SwinUNETR
 from torch import Tensor, nn
 
+from uharmony_model.backbones import BACKBONES
 from uharmony_model.degeneracy import local_sensitivities
 from uharmony_model.errors import NetworkError
 from uharmony_model.harmonize import HarmonizedNetwork, harmonize, stacked_keys
-from uharmony_model.networks import BACKBONES, build_network
+from uharmony_model.networks import build_network
 from uharmony_model.study import Harmonization, Study
 
 

@@ -11,6 +11,7 @@ from monai.networks.nets.swin_unetr import SwinUNETR
 from monai.networks.nets.unet import UNet
 from torch import Tensor, nn
 
+from uharmony_model.depthwise_residual import DepthwiseResidual
 from uharmony_model.errors import NetworkError
 from uharmony_model.harmonic_layer import HarmonicNorm
 from uharmony_model.harmonize import CHANNEL_AXIS, HarmonizedNetwork, harmonize, stacked_keys
@@ -140,7 +141,7 @@ def test_harmonising_twice_is_refused():
     [
         ({"stem": ("9",)}, "has no module '9'"),
         ({"head": ("2",)}, "'2' holds no 3D convolution"),
-        ({"stem": ("0",), "head": ("0",)}, "in stem and head"),
+        ({"stem": ("0",), "head": ("0",)}, "residuals of two kinds"),
     ],
 )
 def test_wrong_paths_are_refused(paths, message):
@@ -155,13 +156,51 @@ def test_domains_are_different_names(domains):
 
 
 @pytest.mark.parametrize("stem", [True, False])
+@pytest.mark.parametrize("depthwise", [True, False])
 @pytest.mark.parametrize("head", [True, False])
-def test_settings_choose_the_residual_convolutions(stem, head):
-    model = harmonized(stem=stem, head=head)
-    parts = {path: m.part for path, m in model.named_modules() if isinstance(m, ResidualConv)}
+def test_settings_choose_the_residual_convolutions(stem, depthwise, head):
+    chosen = {"stem": stem, "depthwise": depthwise, "head": head}
+    names = ["phi", *(name for name, there in chosen.items() if there)]
+    network = nn.Sequential(*small(), nn.Conv3d(3, 3, 3, padding=1))
+    model = harmonize(
+        network,
+        domains=DOMAINS,
+        settings=Harmonization.model_validate({"residuals": names}),
+        stem=("0",),
+        head=("3",),
+        depthwise=("4",),
+    )
+    kinds = (ResidualConv, DepthwiseResidual)
+    parts = {path: m.part for path, m in model.named_modules() if isinstance(m, kinds)}
     expected = {"network.0": Part.STEM_RESIDUAL} if stem else {}
     expected |= {"network.3": Part.HEAD_RESIDUAL} if head else {}
+    expected |= {"network.4": Part.DEPTHWISE_RESIDUAL} if depthwise else {}
     assert parts == expected
+
+
+def test_without_phi_there_is_no_second_stage():
+    names = {name.rpartition(".")[2] for name in stacked_keys(harmonized(residuals=("head",)))}
+    assert names == {"weight_residual", "bias_residual"}
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [("all", "abcd"), ("encoder", "ab"), ("decoder", "cd"), (1, "a"), (3, "abc")],
+)
+def test_layers_choose_the_norms_that_harmonise(layers, expected):
+    network = nn.ModuleDict({name: small() for name in "abcd"})
+    model = harmonize(
+        network, domains=DOMAINS, settings=Harmonization(layers=layers), encoder=("a", "b")
+    )
+    found = {p.split(".")[1] for p, m in model.named_modules() if isinstance(m, HarmonicNorm)}
+    kept = {p.split(".")[1] for p, m in model.named_modules() if isinstance(m, nn.InstanceNorm3d)}
+    assert (found, kept) == (set(expected), set("abcd") - set(expected))
+
+
+@pytest.mark.parametrize(("layers", "encoder"), [(2, ()), ("encoder", ()), ("decoder", ("1",))])
+def test_layers_that_are_not_there_are_refused(layers, encoder):
+    with pytest.raises(NetworkError, match=f"layers is {layers}, but the network has 1 norm"):
+        harmonize(small(), domains=DOMAINS, settings=Harmonization(layers=layers), encoder=encoder)
 
 
 def test_stacked_keys_have_one_row_a_domain():

@@ -9,12 +9,12 @@ import torch
 from monai.networks.nets.dynunet import DynUNet
 from torch import Tensor, nn
 
+from uharmony_model.backbones import BACKBONES
 from uharmony_model.errors import ConfigError, NetworkError
 from uharmony_model.harmonic_layer import HarmonicNorm
 from uharmony_model.harmonize import HarmonizedNetwork, stacked_keys
 from uharmony_model.methods import Part
 from uharmony_model.networks import (
-    BACKBONES,
     build_network,
     check_patch,
     minimum_patch,

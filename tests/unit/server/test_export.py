@@ -63,7 +63,7 @@ def test_the_card_does_not_change_the_models_digest(tmp_path):
 
 
 def test_a_method_that_keeps_weights_at_the_sites_says_so(tmp_path):
-    study = tiny_study(method="fedbn")
+    study = tiny_study(method="fedbn-in")
     export_model(checkpoint(study), study, tmp_path / "model")
     with pytest.raises(ConfigError, match="a site is needed"):
         load_bundle(tmp_path / "model", None)

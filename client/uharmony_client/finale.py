@@ -1,0 +1,180 @@
+"""The last steps at home: a site's own turn after the last round, and its choice.
+
+The federation's model is trained further on the site's own cases, in one or two ways; then the
+site keeps what is best on its own validation split, so that no site has to be worse off for having
+taken part. Nothing of it leaves but the means of its metrics and the name of what was kept.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from uharmony_client.evaluate import evaluate_split
+from uharmony_client.local_store import RoundKey
+from uharmony_client.optimizer import make_optimizer, restore_moments
+from uharmony_client.personal import by_name, from_names, model_state, personal_part
+from uharmony_client.site import Site
+from uharmony_client.step_checkpoint import StepCheckpoint
+from uharmony_client.training_steps import StepListener, cosine, run_steps
+from uharmony_model.atomic import make_directory, remove_directory, write_atomic
+from uharmony_model.exchange.partition import Partition
+from uharmony_model.study import Candidate
+
+State = dict[str, Tensor]
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a site kept, its whole state, and the validation Dice of every candidate."""
+
+    kept: Candidate
+    state: State
+    validation: Mapping[Candidate, float | None]
+
+
+def play_finale(
+    site: Site,
+    network: nn.Module,
+    partition: Partition,
+    shared: Mapping[str, Tensor],
+    carried: Mapping[str, Tensor],
+    key: RoundKey,
+    *,
+    alone: Callable[[], State] | None = None,
+    on_step: StepListener | None = None,
+) -> Choice:
+    """Make the study's candidates from the federation's last weights and choose one.
+
+    `carried` is what the site has after the last round, `key` names the finale as the round after
+    it; `alone` gives the model that the site trained without anybody. A finished candidate is kept
+    on disk until the choice is made, so an interruption costs steps of one.
+
+    Raises:
+        TrainingError: a loss is not finite.
+        StoreError: the disk is full.
+    """
+    settings = site.study.finale
+    shelf = site.store.folder / f"finale-{key.base[:16]}"
+    names = set(settings.candidates)
+    federated = model_state(network, partition, shared, carried)
+    made: dict[Candidate, State] = {}
+    if "federated" in names:
+        made["federated"] = federated
+    ways: list[Candidate] = ["own", "whole"]
+    for way in ways:
+        wanted = way in names or (way == "whole" and "between" in names)
+        if wanted and (way == "whole" or _has_own_part(partition)):
+            made[way] = _kept(
+                shelf / f"{way}.safetensors",
+                network,
+                lambda way=way: _trained(  # type: ignore[misc]
+                    way, site, network, partition, federated, carried, key, on_step
+                ),
+            )
+    if "between" in names:
+        made["between"] = _half_way(federated, made["whole"])
+        if "whole" not in names:
+            del made["whole"]
+    if "local" in names and alone is not None:
+        made["local"] = alone()
+    scores = {name: _validation(network, site, state) for name, state in made.items()}
+    kept = _best(scores)
+    remove_directory(shelf)
+    return Choice(kept, made[kept], scores)
+
+
+def _best(scores: Mapping[Candidate, float | None]) -> Candidate:
+    """The highest; of equals the one that changed less. Without validation cases the last trained.
+
+    Measured without a choice, training everything further was worth most; see docs/evidence.md.
+    """
+    known = {name: score for name, score in scores.items() if score is not None}
+    if known:
+        return max(known, key=lambda name: known[name])  # the first of equals
+    return next(
+        (name for name in ("whole", "own", "between") if name in scores), next(iter(scores))
+    )
+
+
+def _has_own_part(partition: Partition) -> bool:
+    """Whether there is a part to train while the rest stays: not all, not nothing."""
+    return bool(partition.local_keys) and bool(partition.shared_keys)
+
+
+def _trained(
+    way: Candidate,
+    site: Site,
+    network: nn.Module,
+    partition: Partition,
+    start: State,
+    carried: Mapping[str, Tensor],
+    key: RoundKey,
+    on_step: StepListener | None,
+) -> State:
+    study, settings = site.study, site.study.finale
+    network.load_state_dict(start)
+    optimizer = make_optimizer(network, study.training)
+    if study.training.keep_optimizer:
+        restore_moments(optimizer, network, personal_part(carried) or carried)
+    own = frozenset(partition.local_keys)
+    # Its own name goes into the checkpoint, so that one way is not taken up as the other.
+    checkpoint = StepCheckpoint(
+        site.store.folder,
+        RoundKey(key.study, key.round, f"{key.base}/{way}"),
+        site.config.resources.checkpoint_steps,
+    )
+    highest = settings.rate * study.training.learning_rate
+    run_steps(
+        network,
+        optimizer,
+        site.training_data(),
+        study,
+        round_=key.round,
+        count=settings.steps,
+        rate=lambda step: cosine(highest, step / settings.steps),
+        learns=lambda step: own if way == "own" else None,
+        unfinished=checkpoint.of(network, optimizer, carried),
+        on_step=on_step,
+    )
+    return {k: v.detach().cpu().clone() for k, v in network.state_dict().items()}
+
+
+def _kept(path: Path, network: nn.Module, make: Callable[[], State]) -> State:
+    """A candidate that was finished before an interruption, or made now and put on disk."""
+    if path.is_file():
+        try:
+            return from_names(network, load(path.read_bytes()))
+        except SafetensorError as error:
+            log.warning("%s: not used, trained again: %s", path, error)
+    state = make()
+    make_directory(path.parent)
+    write_atomic(path, save({k: v.contiguous() for k, v in by_name(network, state).items()}))
+    return state
+
+
+def _half_way(first: State, second: State) -> State:
+    """The mean of two states; integers (a norm's counter) are those of the second."""
+    return {
+        key: (tensor + first[key].to(tensor)) / 2 if tensor.is_floating_point() else tensor
+        for key, tensor in second.items()
+    }
+
+
+def _validation(network: nn.Module, site: Site, state: State) -> float | None:
+    """Mean Dice over the validation cases, each the mean over its classes."""
+    network.load_state_dict(state)
+    rows = evaluate_split(network, site, "validation", round_=0, slow=False)
+    cases: dict[str, list[float]] = {}
+    for row in rows:
+        if row.dice is not None:
+            cases.setdefault(row.case, []).append(row.dice)
+    return statistics.fmean(map(statistics.fmean, cases.values())) if cases else None

@@ -1,0 +1,55 @@
+"""What a site carries from round to round, by kind of tensor; and its whole models of its own.
+
+KEY[@DOMAIN]                local parameters of the federated model
+optimizer/MOMENT/...        moments of its optimiser
+personal/KEY[@DOMAIN]       a whole model of the site's own (Ditto, or after the finale)
+personal/optimizer/...      moments of that one
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from uharmony_client.optimizer import PREFIX
+from uharmony_model.exchange.partition import Partition
+from uharmony_model.methods import EVERYTHING
+
+PERSONAL = "personal/"
+
+
+def local_parameters(carried: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The local parameters of the federated model."""
+    return {k: v for k, v in carried.items() if not k.startswith((PREFIX, PERSONAL))}
+
+
+def personal_part(carried: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A model of the site's own with its moments, without the prefix; empty where there is none."""
+    return {k.removeprefix(PERSONAL): v for k, v in carried.items() if k.startswith(PERSONAL)}
+
+
+def as_personal(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same under the prefix."""
+    return {f"{PERSONAL}{name}": tensor for name, tensor in tensors.items()}
+
+
+def by_name(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A whole state dict as tensors by KEY or KEY@DOMAIN: how a model of a site's own is kept."""
+    return Partition.of(network, EVERYTHING).split(state)[1]
+
+
+def from_names(network: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict again."""
+    return Partition.of(network, EVERYTHING).merge({}, tensors)
+
+
+def model_state(
+    network: nn.Module,
+    partition: Partition,
+    shared: Mapping[str, Tensor],
+    carried: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """What a site measures and predicts with: its own model where it has one, else the merged."""
+    own = local_parameters(personal_part(carried))
+    return from_names(network, own) if own else partition.merge(shared, local_parameters(carried))

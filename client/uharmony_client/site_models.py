@@ -1,0 +1,101 @@
+"""The models that stay at a site: the federation's with the site's own part, or one of its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import NonNegativeInt
+from torch import Tensor
+
+from uharmony_client.personal import local_parameters, personal_part
+from uharmony_client.site import Site
+from uharmony_client.workbench import carried_after
+from uharmony_model.bundle import save_bundle
+from uharmony_model.errors import ConfigError, StoreError
+from uharmony_model.frozen import Frozen, parse
+from uharmony_model.schedule import finale_round
+
+_ROUND_FILE = "round.json"
+_MAX_ROUND_BYTES = 1 << 12
+
+
+class _Round(Frozen):
+    round: NonNegativeInt
+
+
+def federated_model(site: Site) -> Path:
+    """Where the model that this site has from its study is kept, with this site's entry."""
+    return site.config.store / "models" / site.study.digest
+
+
+def keep_federated_model(site: Site, shared: Mapping[str, Tensor], round_: int) -> Path:
+    """Keep the model after a round with what the site carries, whole or not at all.
+
+    Raises:
+        StoreError: the disk is full, or the site's generation of the round is damaged.
+    """
+    folder = federated_model(site)
+    save_site_model(folder, site, shared, carried_after(site, round_), round_)
+    return folder
+
+
+def keep_personal_model(site: Site, shared: Mapping[str, Tensor]) -> Path:
+    """Keep what the site chose at its finale in the place of the federation's model.
+
+    Raises:
+        StoreError: as `keep_federated_model`.
+    """
+    return keep_federated_model(site, shared, finale_round(site.study))
+
+
+def save_site_model(
+    folder: Path,
+    site: Site,
+    shared: Mapping[str, Tensor],
+    carried: Mapping[str, Tensor],
+    round_: int,
+) -> None:
+    """Write a model with this site's entry alone; `carried` is what the site has after `round_`.
+
+    Raises:
+        StoreError: the disk is full.
+    """
+    entry, whole = site_entry(carried)
+    save_bundle(
+        folder,
+        site.study,
+        shared,
+        {site.name: entry},
+        {site.name: site.domains},
+        {site.name: site.modalities},
+        whole={site.name} if whole else (),
+        notes={_ROUND_FILE: json.dumps({"round": round_}).encode()},
+    )
+
+
+def site_entry(carried: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
+    """A site's tensors for a model's folder, and whether they are a whole model of its own."""
+    own = local_parameters(personal_part(carried))
+    return (own, True) if own else (local_parameters(carried), False)
+
+
+def kept_round(folder: Path) -> int:
+    """The round after which a model was kept.
+
+    Raises:
+        ConfigError: there is no such model yet.
+        StoreError: its note is damaged.
+    """
+    path = folder / _ROUND_FILE
+    try:
+        with path.open("rb") as file:
+            content = json.loads(file.read(_MAX_ROUND_BYTES))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{folder}: no model of this study yet; it is kept after the last round"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise StoreError(f"{path}: not readable ({type(error).__name__}); restore it") from None
+    return parse(_Round, content, str(path)).round
