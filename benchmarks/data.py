@@ -24,6 +24,7 @@ class Stored:
     label: npt.NDArray[np.uint8]
     foreground: npt.NDArray[np.int32]
     spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    present: tuple[bool, ...] = (True,) * 4
 
 
 def rows() -> list[Row]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -44,12 +44,13 @@ _PLACEHOLDER = "unseen"
 class SiteEntry(Frozen):
     """sites/<site>.json: the site's domains in the order of its case table, its modalities.
 
-    `whole`: its tensors are a model of the site's own, and the shared ones are not used.
+    `own`: its tensors are a whole model of the site's own, of the network that this method has, and
+    the shared ones are not used.
     """
 
     domains: Annotated[tuple[Name, ...], Field(min_length=1)]
     modalities: tuple[str, ...] = ()
-    whole: bool = False
+    own: str | None = None
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,12 @@ def save_bundle(
     local: Mapping[str, Mapping[str, Tensor]],
     domains: Mapping[str, Sequence[str]],
     modalities: Mapping[str, Sequence[str]] | None = None,
-    whole: Collection[str] = (),
+    own: Mapping[str, str] | None = None,
     notes: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write the folder, whole or not at all; `local`, `domains` and `modalities` are by site.
 
-    `whole` names the sites whose local tensors are a whole model; `notes` are further
+    `own` is the method of those whose tensors are a whole model of their own; `notes` are further
     files beside study.json, by name.
 
     Raises:
@@ -94,7 +95,7 @@ def save_bundle(
             entry = SiteEntry(
                 domains=tuple(domains[site]),
                 modalities=tuple((modalities or {}).get(site, ())),
-                whole=site in whole,
+                own=(own or {}).get(site),
             )
             write_atomic(temporary / "sites" / f"{site}.json", entry.model_dump_json().encode())
             write_atomic(temporary / "sites" / f"{site}.safetensors", _tensors(tensors))
@@ -134,9 +135,11 @@ def load_bundle(folder: Path, site: str | None) -> Model:
         path = folder / "sites" / f"{site}.json"
         entry = parse(SiteEntry, _read_json(path, digest), str(path))
         local = _read_tensors(path.with_suffix(".safetensors"), digest)
-        network = build_network(study, entry.domains, seed=study.seed)
-        partition = Partition.of(network, EVERYTHING if entry.whole else study.plan.local)
-        shared = {} if entry.whole else shared
+        made_by = study if entry.own is None else _with_method(study, entry.own, path)
+        network = build_network(made_by, entry.domains, seed=study.seed)
+        parts = study.plan.local if entry.own is None else EVERYTHING
+        partition = Partition.of(network, parts)
+        shared = shared if entry.own is None else {}
     network.load_state_dict(partition.merge(shared, local), strict=True)
     return Model(
         network=network.eval(),
@@ -150,6 +153,10 @@ def load_bundle(folder: Path, site: str | None) -> Model:
 def known_sites(folder: Path) -> tuple[str, ...]:
     """The sites whose own parameters are in the folder, sorted."""
     return tuple(sorted(path.stem for path in (folder / "sites").glob("*.json")))
+
+
+def _with_method(study: Study, method: str, path: Path) -> Study:
+    return parse(Study, {**study.model_dump(mode="json"), "method": method}, str(path))
 
 
 def _require_no_site_needed(folder: Path, study: Study) -> None:

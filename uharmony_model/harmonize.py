@@ -20,6 +20,7 @@ from uharmony_model.methods import Part
 from uharmony_model.residual_conv import Convolution, ResidualConv
 from uharmony_model.segmentation_network import SegmentationNetwork
 from uharmony_model.study import Harmonization
+from uharmony_model.u2net_blocks import DomainConv, DomainNorm
 
 CHANNEL_AXIS: dict[type[nn.Module], int] = {
     nn.InstanceNorm1d: 1,
@@ -38,7 +39,7 @@ FUNCTIONAL_NORMS: dict[type[nn.Module], str] = {
 
 # The modules with tensors of domains; each says by `stacked` which they are.
 _CONVOLUTIONS = (nn.Conv3d, nn.ConvTranspose3d)
-_LOCAL_MODULES = (HarmonicNorm, ResidualConv, DepthwiseResidual)
+_LOCAL_MODULES = (HarmonicNorm, ResidualConv, DepthwiseResidual, DomainConv, DomainNorm)
 
 # Every norm layer of torch; one of these that is not in CHANNEL_AXIS is an error.
 _NORMS: tuple[type[nn.Module], ...] = (
@@ -71,19 +72,20 @@ class HarmonizedNetwork(SegmentationNetwork):
         """Logits (B, J, D, H, W) of x (B, C, D, H, W); `domain (B,)` indexes `domains`.
 
         Without a domain, or with `drop`, all residuals are zero and get no gradient; a sample of
-        index -1 is unseen, among others that are not.
+        index -1 is unseen, among others that are not. A floating-point `domain (B, K)` gives each
+        sample its mixture of the domains' residuals.
 
         Raises:
-            NetworkError: x does not fit the backbone, or an index is no domain.
+            NetworkError: x does not fit the backbone, an index is no domain, or a row no mixture.
         """
-        if domain is not None and domain.shape != x.shape[:1]:
+        if domain is not None and domain.shape[:1] != x.shape[:1]:
             raise NetworkError(
                 f"domain has shape {tuple(domain.shape)} for {x.shape[0]} samples; give one index "
-                "for each"
+                "for each, or one row of weights"
             )
         # It stays set afterwards: activation checkpointing asks again during the backward pass.
         self._switch.selection = (
-            None if domain is None or drop else Selection.of(domain, len(self.domains))
+            None if domain is None or drop else _selected(domain, len(self.domains))
         )
         return super().forward(x)
 
@@ -142,13 +144,19 @@ def harmonize(
 
 
 def stacked_keys(model: nn.Module) -> frozenset[str]:
-    """State-dict keys whose first axis is the domains; none in a network that is not harmonised."""
+    """State-dict keys whose first axis is the domains; none in a network that is a plain one."""
     return frozenset(
         f"{path}.{name}" if path else name
         for path, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, _LOCAL_MODULES)
         for name in module.stacked
     )
+
+
+def _selected(domain: Tensor, domains: int) -> Selection | None:
+    if domain.ndim == 2 and domain.is_floating_point():
+        return Selection.mixture(domain, domains)
+    return Selection.of(domain, domains)
 
 
 def _carrying(

@@ -68,11 +68,6 @@ class Method:
         return self.norm == "harmonic"
 
     @property
-    def evaluated_alone(self) -> bool:
-        """Whether a site measures a whole model of its own instead of the shared one."""
-        return self.training == "twin"
-
-    @property
     def serves_unseen(self) -> bool:
         """Whether the shared tensors alone make a model: whatever is local is a residual."""
         return self.local <= RESIDUALS

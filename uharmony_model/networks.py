@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -12,9 +13,11 @@ from uharmony_model.errors import ConfigError, NetworkError
 from uharmony_model.harmonize import harmonize
 from uharmony_model.methods import Place
 from uharmony_model.perxan import with_perxan
+from uharmony_model.presence import input_channels
 from uharmony_model.randomness import seed_for
 from uharmony_model.segmentation_network import SegmentationNetwork, wrong_size
 from uharmony_model.study import Harmonization, Network, Study
+from uharmony_model.u2net import U2Net
 
 DEPTHWISE_STAGES = slice(1, 3)  # the two below the stem, which has residuals of its own
 
@@ -26,6 +29,8 @@ def build_network(study: Study, domains: Sequence[str], *, seed: int) -> Segment
         NetworkError: the backbone cannot be built from `study.network`.
     """
     network, task, plan = study.network, study.task, study.plan
+    if plan.backbone == "u2net":
+        return _u2net(study, domains, seed)
     backbone = BACKBONES[network.name]
     levels = len(network.features)
     if not backbone.min_levels <= levels <= backbone.max_levels:
@@ -35,10 +40,9 @@ def build_network(study: Study, domains: Sequence[str], *, seed: int) -> Segment
         )
     norm = BATCH if plan.norm == "batch" or network.norm == "batch" else INSTANCE
     if plan.norm in ("harmonic", "perxan"):
-        norm = INSTANCE  # replaced, and where it stays it is what the others have
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed_for(seed, "network"))  # leaves CUDA alone
-        built = backbone.build(network, task.channels, task.outputs, norm)
+        norm = INSTANCE  # to be replaced
+    with _drawn_from(seed):
+        built = backbone.build(network, input_channels(task), task.outputs, norm)
     multiple = patch_multiple(network)
     if plan.harmonized:
         model: SegmentationNetwork = _harmonized(
@@ -53,9 +57,9 @@ def build_network(study: Study, domains: Sequence[str], *, seed: int) -> Segment
     return model
 
 
-def patch_multiple(network: Network) -> int:
-    """Edges of a patch must be multiples of this many voxels."""
-    halvings = BACKBONES[network.name].halvings
+def patch_multiple(network: Network, backbone: str | None = None) -> int:
+    """Edges of a patch must be multiples of this many voxels; `backbone` is one a method brings."""
+    halvings = BACKBONES[network.name].halvings if backbone is None else None
     return 1 << (len(network.features) - 1 if halvings is None else halvings)
 
 
@@ -64,15 +68,39 @@ def minimum_patch(network: Network) -> int:
     return 2 * patch_multiple(network)
 
 
-def check_patch(network: Network, patch: Sequence[int]) -> None:
+def check_patch(network: Network, patch: Sequence[int], backbone: str | None = None) -> None:
     """Make sure that `patch` (D, H, W), in voxels, can pass through the network.
+
+    `backbone` is the one that a method brings in place of the study's (`Method.backbone`).
 
     Raises:
         ConfigError: an edge is no multiple of the strides, or the deepest level is too small.
     """
-    wrong = wrong_size(patch, patch_multiple(network))
+    wrong = wrong_size(patch, patch_multiple(network, backbone))
     if wrong is not None:
-        raise ConfigError(f"training.patch ({network.name}): a patch {wrong}")
+        raise ConfigError(f"training.patch ({backbone or network.name}): a patch {wrong}")
+
+
+@contextmanager
+def _drawn_from(seed: int) -> Iterator[None]:
+    """Layers that are made inside draw their first values from `seed`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed_for(seed, "network"))  # leaves CUDA alone
+        yield
+
+
+def _u2net(study: Study, domains: Sequence[str], seed: int) -> U2Net:
+    # It has its own norms and blocks: of `study.network` it takes the channels of the levels.
+    with _drawn_from(seed):
+        model = U2Net(
+            channels=input_channels(study.task),
+            outputs=study.task.outputs,
+            features=study.network.features,
+            domains=domains,
+        )
+    first = dict.fromkeys(("network.stem", "network.encoder.0"), Place.FIRST_BLOCK)
+    model.places = {**first, "network.head": Place.LAST_BLOCK}
+    return model
 
 
 def _harmonized(

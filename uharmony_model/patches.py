@@ -18,6 +18,7 @@ from torch import Tensor
 
 from uharmony_model.augment import change_intensity, covered_box, draw_geometry, mirrors, warp
 from uharmony_model.errors import DataError
+from uharmony_model.presence import drop_modalities, with_presence
 from uharmony_model.randomness import numpy_generator
 from uharmony_model.study import Task, Training
 
@@ -40,6 +41,10 @@ class StoredVolume(Protocol):
         """Labelled voxels, all or a sample of them (N, 4): indices along D, H, W and the value."""
 
     @property
+    def present(self) -> Sequence[bool]:
+        """Whether the case has each of its channels (C,)."""
+
+    @property
     def spacing_mm(self) -> tuple[float, float, float]:
         """Size of a voxel along D, H, W."""
 
@@ -53,7 +58,10 @@ class PatchPlan:
 
 
 class Batch(NamedTuple):
-    """`image (B, C, d, h, w)` float32, `label (B, d, h, w)` uint8, the index of each case."""
+    """`image (B, C, d, h, w)` float32, `label (B, d, h, w)` uint8, the index of each case.
+
+    The image is what the network takes: with `task.presence` masks stand behind its channels.
+    """
 
     image: Tensor
     label: Tensor
@@ -95,7 +103,14 @@ def draw_batch(
         else:
             cut(volume, plan.start, image[sample], label[sample])
         cases.append(plan.case)
-    return Batch(torch.from_numpy(image), torch.from_numpy(label), tuple(cases))
+    shown = torch.from_numpy(image)
+    if task.presence:  # after the change of intensities, which would write into a missing channel
+        present = torch.tensor([list(volumes[case].present) for case in cases])
+        if training.modality_dropout:
+            draw = numpy_generator(seed, site, round_, step, "modality-dropout")
+            present = drop_modalities(present, training.modality_dropout, draw)
+        shown = with_presence(shown, present, task)
+    return Batch(shown, torch.from_numpy(label), tuple(cases))
 
 
 def is_foreground_patch(number: int, share: float) -> bool:

@@ -12,7 +12,7 @@ def splits_due(study: Study, round_: int) -> tuple[Split, ...]:
     due: list[Split] = []
     if shares.validation > 0 and (round_ == last or (every and round_ % every == 0)):
         due.append("validation")
-    if shares.test > 0 and round_ == last:
+    if shares.test_share > 0 and round_ == last:
         due.append("test")
     return tuple(due)
 

@@ -87,12 +87,14 @@ class Task(Frozen):
 
     `classes` names the foreground classes and the label values each consists of. Exclusive
     classes (softmax) may not share a value; overlapping ones (sigmoid) may. Value 0 is background.
-    `intensity` maps every modality that may occur to its policy.
+    `intensity` maps every modality that may occur to its policy. With `presence` each of them is
+    one channel, in the order of their names, and a site may lack some (`uharmony_model.presence`).
     """
 
     classes: dict[Name, tuple[Annotated[int, Field(ge=1, le=255)], ...]]
     overlapping: bool = False
     channels: PositiveInt = 1
+    presence: bool = False
     spacing_mm: Triple | None = None
     intensity: dict[Name, Intensity]
 
@@ -117,6 +119,10 @@ class Task(Frozen):
         values = [value for group in self.classes.values() for value in group]
         if not self.overlapping and len(set(values)) != len(values):
             raise ValueError("exclusive classes share a label value; set overlapping: true")
+        if self.presence and self.channels != len(self.intensity):
+            raise ValueError(
+                f"with presence each modality is one channel: set channels: {len(self.intensity)}"
+            )
         return self
 
     @property
@@ -178,7 +184,8 @@ class Training(Frozen):
     """One site's round, and how many rounds there are.
 
     `proximal` is the weight of the pull of methods that have one, `head_share` the share of a
-    round's steps that those with a local last block spend on it alone.
+    round's steps that those with a local last block spend on it alone. `modality_dropout` is the
+    chance of each channel of a sample to be hidden; at least one stays.
     """
 
     rounds: PositiveInt = 10
@@ -192,6 +199,7 @@ class Training(Frozen):
     schedule: Literal["constant", "cosine"] = "cosine"
     weight_decay: NonNegativeFloat = 1e-4
     residual_decay: NonNegativeFloat = 1e-3
+    modality_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     gradient_clip: PositiveFloat = 12.0
     keep_optimizer: bool = True
     proximal: NonNegativeFloat = 0.01
@@ -202,10 +210,10 @@ class Finale(Frozen):
     """What a site does at home after the last round; 0 steps: nothing.
 
     It trains `steps` more on its own cases from the federation's weights, at `rate` times the
-    learning rate, falling to nothing. Then it keeps, by its own validation split, the best of the
-    `candidates`: the federated model, the same with its own part trained further (`own`), with
-    everything trained further (`whole`), half-way between (`between`), and the model that it
-    trained alone with as many steps (`local`).
+    learning rate, falling to a hundredth of that. Then it keeps, by its own validation split, the
+    best of the `candidates`: the federated model, the same with its own part trained further
+    (`own`), with everything trained further (`whole`), half-way between (`between`), and the model
+    that it trained alone with as many steps (`local`).
     """
 
     steps: NonNegativeInt = 0
@@ -239,10 +247,16 @@ class Codec(Frozen):
 
 
 class Evaluation(Frozen):
-    """Splits by patient, and what is measured when; `metrics` are the means a site is asked for."""
+    """Splits by patient, and what is measured when; `metrics` are the means a site is asked for.
+
+    With `folds` the test split is fold number `fold` of so many, in the place of `test`: over all
+    of them every patient is tested once.
+    """
 
     validation: Annotated[float, Field(ge=0, lt=1)] = 0.1
     test: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    folds: Annotated[int, Field(ge=2, le=100)] | None = None
+    fold: NonNegativeInt = 0
     every: NonNegativeInt = 5
     overlap: Annotated[float, Field(ge=0, lt=1)] = 0.5
     surface_tolerance_mm: PositiveFloat = 2.0
@@ -258,9 +272,16 @@ class Evaluation(Frozen):
 
     @model_validator(mode="after")
     def _leaves_training(self) -> Evaluation:
-        if self.validation + self.test >= 1:
+        if self.validation + self.test_share >= 1:
             raise ValueError("validation + test must be below 1; nothing is left to train on")
+        if self.fold >= (self.folds or 1):
+            raise ValueError(f"fold is {self.fold}, expected a number below folds ({self.folds})")
         return self
+
+    @property
+    def test_share(self) -> float:
+        """The share of a site's patients that is tested."""
+        return self.test if self.folds is None else 1 / self.folds
 
 
 class Study(Frozen):
@@ -285,10 +306,26 @@ class Study(Frozen):
             raise ValueError(f"unknown method; known: {', '.join(METHODS)}")
         return name
 
+    @model_validator(mode="after")
+    def _hides_what_it_shows(self) -> Study:
+        if self.training.modality_dropout and not self.task.presence:
+            raise ValueError("training.modality_dropout needs task.presence: true")
+        return self
+
+    @model_validator(mode="after")
+    def _statistics_take_the_mean(self) -> Study:
+        if self.plan.server == "adam" and self.network.norm == "batch":
+            raise ValueError("fedadam would step running variances below zero; use norm: instance")
+        return self
+
     @property
     def plan(self) -> Method:
         """What the study's method makes of the network and the partition."""
         return METHODS[self.method]
+
+    def with_method(self, name: str) -> Study:
+        """The same study under another method."""
+        return Study.model_validate({**self.model_dump(), "method": name})
 
     @property
     def harmonization(self) -> Harmonization:

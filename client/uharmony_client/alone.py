@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from uharmony_client.finale import State
-from uharmony_client.personal import model_state
+from uharmony_client.finale import Candidate, detached
+from uharmony_client.personal import METHOD_ALONE
 from uharmony_client.site import Site
-from uharmony_client.site_models import save_site_model
+from uharmony_client.site_models import save_site_model, site_network
 from uharmony_client.site_round import Bench, finale_metrics, measure, round_update
 from uharmony_client.workbench import carried_after
 from uharmony_model.atomic import recover
@@ -25,9 +25,7 @@ from uharmony_model.exchange.partition import Partition
 from uharmony_model.exchange.payload import digest
 from uharmony_model.networks import build_network
 from uharmony_model.schedule import finale_round, splits_due
-from uharmony_model.study import Study
 
-METHOD = "local"
 OnStep = Callable[[str, int, int, float], None]
 
 
@@ -49,22 +47,23 @@ def train_alone(site: Site, *, on_step: OnStep | None = None) -> Path:
     return model
 
 
-def alone_candidate(site: Site) -> Callable[[], State] | None:
+def alone_candidate(site: Site) -> Callable[[], Candidate] | None:
     """The local-only model for a finale to choose from; None where the site is alone anyway."""
-    if site.study.method == METHOD or site.study.plan.pooled:
+    if site.study.method == METHOD_ALONE or site.study.plan.pooled:
         return None
 
-    def trained() -> State:
+    def trained() -> Candidate:
         own = alone_site(site)
-        bench, round_ = _trained(own, None)
-        return model_state(bench.network, bench.partition, {}, carried_after(own, round_))
+        _, round_ = _trained(own, None)
+        network = site_network(own, {}, carried_after(own, round_))
+        return Candidate(network, METHOD_ALONE, detached(network))
 
     return trained
 
 
 def alone_site(site: Site) -> Site:
     """The same opened data under the study's method `local`, with that study's store."""
-    return site.with_study(Study.model_validate({**site.study.model_dump(), "method": METHOD}))
+    return site.with_study(site.study.with_method(METHOD_ALONE))
 
 
 def alone_model(site: Site) -> Path:

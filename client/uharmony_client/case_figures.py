@@ -36,7 +36,7 @@ def _draw_two(
         case = next(c for c in site.split("test") if c.case == case_name)
         volume = site.volumes[case_name]
         png = draw_case(
-            np.asarray(volume.image[0]),
+            np.asarray(volume.image[volume.present.index(True)]),
             to_targets(torch.from_numpy(np.array(volume.label))[None], site.study.task)[0].numpy(),
             predict_masks(network, site, case).cpu().numpy(),
             volume.spacing_mm,

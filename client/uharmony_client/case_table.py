@@ -3,7 +3,8 @@
     case, patient, site, domain, modality, image, label, split
 
 `case` and `image` are needed. Several channels of a case are joined by `|`, in `image` and in
-`modality`. Paths are relative to the table. A missing patient makes each case a patient.
+`modality`; where a case has no image of a modality, its place stays empty. Paths are relative to
+the table. A missing patient makes each case a patient.
 """
 
 from __future__ import annotations
@@ -41,7 +42,10 @@ Label = Annotated[str, Field(min_length=1, max_length=128), AfterValidator(_prin
 
 
 class Case(Frozen):
-    """One examination: its channels, its label if there is one, and where it belongs."""
+    """One examination: its channels, its label if there is one, and where it belongs.
+
+    `modality` names the channels that are there, one after another over all files.
+    """
 
     case: Label
     patient: Label
@@ -154,12 +158,17 @@ def draw_splits(
     """Draw a site's patients into splits; at least one is left to train on.
 
     Counts are the shares rounded half up, at least one test patient of three and one validation
-    patient of four when their share is not zero.
+    patient of four when their share is not zero. Of several folds every patient is in one.
     """
     ordered = sorted(set(patients))
     numpy_generator(split_seed, site, "splits").shuffle(ordered)
     n = len(ordered)
-    test = _count(evaluation.test, n, at_least_one_of=3)
+    if evaluation.folds is None:
+        test = _count(evaluation.test, n, at_least_one_of=3)
+    else:
+        tested = ordered[evaluation.fold :: evaluation.folds]
+        ordered = tested + [patient for patient in ordered if patient not in set(tested)]
+        test = len(tested)
     validation = _count(evaluation.validation, n, at_least_one_of=4)
     test = min(test, max(n - 1, 0))
     validation = min(validation, max(n - 1 - test, 0))
@@ -219,6 +228,9 @@ def build_table(
             raise DataError(f"{where}: expected a name and an image in every row")
         if not all(cell.isprintable() for cell in row.values()):
             raise DataError(f"{where}: expected printable text in every cell")
+        modalities, images = _present(
+            _several(row.get("modality", "")), _several(row["image"]), where
+        )
         at = row.get("site") or site
         without_patient += not row.get("patient")
         content = {
@@ -226,8 +238,8 @@ def build_table(
             "patient": row.get("patient") or name,
             "site": at,
             "domain": row.get("domain") or at,
-            "modality": _several(row.get("modality", "")),
-            "image": [source.parent / image for image in _several(row["image"])],
+            "modality": modalities,
+            "image": [source.parent / image for image in images],
             "label": source.parent / row["label"] if row.get("label") else None,
             "split": row.get("split") or None,
         }
@@ -249,6 +261,19 @@ def build_table(
         return parse(CaseTable, {"cases": cases}, str(source))
     except ConfigError as error:
         raise DataError(str(error)) from None
+
+
+def _present(modalities: list[str], images: list[str], where: str) -> tuple[list[str], list[str]]:
+    """Without the places that have no image."""
+    if all(images):
+        return modalities, images
+    if len(modalities) != len(images) or not any(images):
+        raise DataError(
+            f"{where}: the place of an image is empty; expected at least one image, and a modality "
+            f"for each of the {len(images)} places"
+        )
+    there = [place for place, image in enumerate(images) if image]
+    return [modalities[place] for place in there], [images[place] for place in there]
 
 
 def _one_site_each(cases: Iterable[Case]) -> None:

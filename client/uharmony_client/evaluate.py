@@ -22,6 +22,7 @@ from uharmony_model.atomic import write_atomic
 from uharmony_model.exchange.payload import Value
 from uharmony_model.inference import predict_logits
 from uharmony_model.metrics import bootstrap_interval, measure_case
+from uharmony_model.presence import with_presence
 from uharmony_model.randomness import numpy_generator
 from uharmony_model.study import METRICS, Split
 from uharmony_model.targets import to_masks, to_targets
@@ -84,15 +85,17 @@ def evaluate_split(
 
 def predict_masks(network: nn.Module, site: Site, case: Case) -> Tensor:
     """Predicted masks (J, D, H, W) of one case, under the case's own domain."""
+    volume, task = site.volumes[case.case], site.study.task
+    image = torch.from_numpy(np.array(volume.image))
     logits = predict_logits(
         network,
-        torch.from_numpy(np.array(site.volumes[case.case].image)),
+        with_presence(image[None], [list(volume.present)], task)[0],
         patch=site.study.training.patch,
         overlap=site.study.evaluation.overlap,
         domain=site.domains.index(case.domain),
         device=site.device,
     )
-    return to_masks(logits[None], site.study.task)[0]
+    return to_masks(logits[None], task)[0]
 
 
 def summarise(rows: Sequence[CaseRow], site: Site) -> MetricValues:

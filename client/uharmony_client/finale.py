@@ -18,7 +18,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from uharmony_client.evaluate import evaluate_split
-from uharmony_client.local_store import RoundKey
+from uharmony_client.local_store import UNFINISHED, RoundKey
 from uharmony_client.optimizer import make_optimizer, restore_moments
 from uharmony_client.personal import by_name, from_names, model_state, personal_part
 from uharmony_client.site import Site
@@ -26,19 +26,31 @@ from uharmony_client.step_checkpoint import StepCheckpoint
 from uharmony_client.training_steps import StepListener, cosine, run_steps
 from uharmony_model.atomic import make_directory, remove_directory, write_atomic
 from uharmony_model.exchange.partition import Partition
-from uharmony_model.study import Candidate
+from uharmony_model.study import Candidate as Name
 
 State = dict[str, Tensor]
 log = logging.getLogger(__name__)
 
+# Of equals the one that changed less is kept.
+_ORDER: tuple[Name, ...] = ("federated", "own", "between", "whole", "local")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A whole state and a network that takes it; `method` is the one whose network that is."""
+
+    network: nn.Module
+    method: str
+    state: State
+
 
 @dataclass(frozen=True)
 class Choice:
-    """What a site kept, its whole state, and the validation Dice of every candidate."""
+    """What a site kept, and the validation Dice of every candidate."""
 
-    kept: Candidate
-    state: State
-    validation: Mapping[Candidate, float | None]
+    kept: Name
+    model: Candidate
+    validation: Mapping[Name, float | None]
 
 
 def play_finale(
@@ -49,32 +61,29 @@ def play_finale(
     carried: Mapping[str, Tensor],
     key: RoundKey,
     *,
-    alone: Callable[[], State] | None = None,
+    alone: Callable[[], Candidate] | None = None,
     on_step: StepListener | None = None,
 ) -> Choice:
     """Make the study's candidates from the federation's last weights and choose one.
 
     `carried` is what the site has after the last round, `key` names the finale as the round after
     it; `alone` gives the model that the site trained without anybody. A finished candidate is kept
-    on disk until the choice is made, so an interruption costs steps of one.
+    on disk (see `clear_shelf`), so an interruption costs steps of one. Where none of the study's
+    candidates can be made, the federated model is kept.
 
     Raises:
         TrainingError: a loss is not finite.
         StoreError: the disk is full.
     """
-    settings = site.study.finale
-    shelf = site.store.folder / f"finale-{key.base[:16]}"
-    names = set(settings.candidates)
+    names = set(site.study.finale.candidates)
     federated = model_state(network, partition, shared, carried)
-    made: dict[Candidate, State] = {}
-    if "federated" in names:
-        made["federated"] = federated
-    ways: list[Candidate] = ["own", "whole"]
+    made: dict[Name, State] = {"federated": federated}
+    ways: tuple[Name, ...] = ("own", "whole")
     for way in ways:
         wanted = way in names or (way == "whole" and "between" in names)
-        if wanted and (way == "whole" or _has_own_part(partition)):
+        if wanted and (way == "whole" or _has_own_part(network, partition)):
             made[way] = _kept(
-                shelf / f"{way}.safetensors",
+                _shelf(site, key) / f"{way}.safetensors",
                 network,
                 lambda way=way: _trained(  # type: ignore[misc]
                     way, site, network, partition, federated, carried, key, on_step
@@ -82,36 +91,50 @@ def play_finale(
             )
     if "between" in names:
         made["between"] = _half_way(federated, made["whole"])
-        if "whole" not in names:
-            del made["whole"]
+    method = site.study.method
+    found = {n: Candidate(network, method, state) for n, state in made.items() if n in names}
     if "local" in names and alone is not None:
-        made["local"] = alone()
-    scores = {name: _validation(network, site, state) for name, state in made.items()}
-    kept = _best(scores)
-    remove_directory(shelf)
-    return Choice(kept, made[kept], scores)
+        found["local"] = alone()
+    found = found or {"federated": Candidate(network, method, federated)}
+    scores = {name: _validation(model, site) for name, model in found.items()}
+    kept = best(scores)
+    return Choice(kept, found[kept], scores)
 
 
-def _best(scores: Mapping[Candidate, float | None]) -> Candidate:
-    """The highest; of equals the one that changed less. Without validation cases the last trained.
+def clear_shelf(site: Site, key: RoundKey) -> None:
+    """Remove finished candidates, once the choice is in the site's store."""
+    remove_directory(_shelf(site, key))
+
+
+def best(scores: Mapping[Name, float | None]) -> Name:
+    """The highest. Without validation cases the one that was trained on most.
 
     Measured without a choice, training everything further was worth most; see docs/evidence.md.
     """
-    known = {name: score for name, score in scores.items() if score is not None}
+    known = {n: score for n in _ORDER if (score := scores.get(n)) is not None}
     if known:
         return max(known, key=lambda name: known[name])  # the first of equals
-    return next(
-        (name for name in ("whole", "own", "between") if name in scores), next(iter(scores))
-    )
+    last: tuple[Name, ...] = ("whole", "own", "between", "federated", "local")
+    return next(name for name in last if name in scores)
 
 
-def _has_own_part(partition: Partition) -> bool:
-    """Whether there is a part to train while the rest stays: not all, not nothing."""
-    return bool(partition.local_keys) and bool(partition.shared_keys)
+def detached(network: nn.Module) -> State:
+    """A copy of a network's state on the CPU."""
+    return {k: v.detach().cpu().clone() for k, v in network.state_dict().items()}
+
+
+def _shelf(site: Site, key: RoundKey) -> Path:
+    return site.store.folder / f"finale-{key.base[:16]}"
+
+
+def _has_own_part(network: nn.Module, partition: Partition) -> bool:
+    """Whether there are parameters to train while others stay."""
+    names = {name for name, _ in network.named_parameters()}
+    return bool(names & set(partition.local_keys)) and bool(names & set(partition.shared_keys))
 
 
 def _trained(
-    way: Candidate,
+    way: Name,
     site: Site,
     network: nn.Module,
     partition: Partition,
@@ -145,7 +168,9 @@ def _trained(
         unfinished=checkpoint.of(network, optimizer, carried),
         on_step=on_step,
     )
-    return {k: v.detach().cpu().clone() for k, v in network.state_dict().items()}
+    trained = detached(network)
+    # Statistics of shared norms move while their weights stay.
+    return trained | ({k: start[k] for k in partition.shared_keys} if way == "own" else {})
 
 
 def _kept(path: Path, network: nn.Module, make: Callable[[], State]) -> State:
@@ -158,6 +183,7 @@ def _kept(path: Path, network: nn.Module, make: Callable[[], State]) -> State:
     state = make()
     make_directory(path.parent)
     write_atomic(path, save({k: v.contiguous() for k, v in by_name(network, state).items()}))
+    (path.parent.parent / UNFINISHED).unlink(missing_ok=True)
     return state
 
 
@@ -169,10 +195,10 @@ def _half_way(first: State, second: State) -> State:
     }
 
 
-def _validation(network: nn.Module, site: Site, state: State) -> float | None:
+def _validation(model: Candidate, site: Site) -> float | None:
     """Mean Dice over the validation cases, each the mean over its classes."""
-    network.load_state_dict(state)
-    rows = evaluate_split(network, site, "validation", round_=0, slow=False)
+    model.network.load_state_dict(model.state)
+    rows = evaluate_split(model.network, site, "validation", round_=0, slow=False)
     cases: dict[str, list[float]] = {}
     for row in rows:
         if row.dice is not None:

@@ -87,23 +87,23 @@ def make_client_app(
 
     @app.query("hello")
     def hello(message: Message, context: Context) -> Message:
-        return _answer(desk, message, context, _hello)
+        return _answer(desk, message, context, "hello", _hello)
 
     @app.query("finish")
     def finish(message: Message, context: Context) -> Message:
-        return _answer(desk, message, context, _finish)
+        return _answer(desk, message, context, "finish", _finish)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        return _answer(desk, message, context, _train)
+        return _answer(desk, message, context, "train", _train)
 
     @app.train("finale")
     def finale(message: Message, context: Context) -> Message:
-        return _answer(desk, message, context, _finale)
+        return _answer(desk, message, context, "finale", _finale)
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
-        return _answer(desk, message, context, _evaluate)
+        return _answer(desk, message, context, "evaluate", _evaluate)
 
     return app
 
@@ -168,17 +168,20 @@ def _bench(desk: _Desk, site: Site, order: Instruction, message: Message) -> Ben
     return Bench(network, partition, weights, order.base)
 
 
-def _order_of(message: Message, site: Site) -> Instruction:
+def _order_of(message: Message, site: Site, action: str) -> Instruction:
     """The instruction.
 
     Raises:
-        ExchangeError: it cannot be read, or is of a study this site did not approve.
+        ExchangeError: it cannot be read, is of a study this site did not approve, or asks for
+            another thing than the message it came in.
     """
     try:
         text = message.content.config_records["instruction"]["json"]
     except KeyError:
         raise ExchangeError("a message without an instruction; send one") from None
     order = Instruction.from_json(str(text))
+    if order.action != action:
+        raise ExchangeError(f"a message for {action} asks for {order.action}; send one of a kind")
     if order.study != site.study.digest:
         raise ExchangeError(
             f"asked for study {order.study[:12]}, this site approved {site.study.digest[:12]}; "
@@ -226,7 +229,7 @@ def _carried(data: bytes) -> RecordDict:
 Work = Callable[[_Desk, Site, Outgoing, Instruction, Message], RecordDict]
 
 
-def _answer(desk: _Desk, message: Message, context: Context, work: Work) -> Message:
+def _answer(desk: _Desk, message: Message, context: Context, action: str, work: Work) -> Message:
     """Do one piece of work; an error becomes a refusal that says no more than may leave.
 
     Raises:
@@ -237,7 +240,7 @@ def _answer(desk: _Desk, message: Message, context: Context, work: Work) -> Mess
     try:
         site = desk.open_site(context)
         out = desk.outgoing(site)
-        order = _order_of(message, site)
+        order = _order_of(message, site, action)
         desk.listeners.instruction(order)
         if order.receipt not in (None, desk.receipt) and out.ledger is not None:
             desk.receipt = order.receipt

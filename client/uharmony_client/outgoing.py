@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from uharmony_client.ledger import Ledger, tensor_facts
-from uharmony_client.policy import Policy, allowed_values
+from uharmony_client.policy import KEPT, Policy, allowed_values
 from uharmony_model.errors import ExchangeError
 from uharmony_model.exchange.payload import (
     Kind,
@@ -104,8 +104,8 @@ class Outgoing:
 
 
 def _checked(values: Mapping[str, Value], kind: Kind, policy: Policy) -> Mapping[str, Value]:
-    """An update has single names, metrics have paths; neither may carry the other's."""
+    """An update has single names, metrics have paths and `kept`; neither may carry the other's."""
     for name in values:
-        if ("/" in name) != (kind is Kind.METRICS):
+        if ("/" in name or name == KEPT) != (kind is Kind.METRICS):
             raise ExchangeError(f"value {ascii(name)[:120]} may not leave with {kind.value}")
     return allowed_values(values, policy)

@@ -4,6 +4,7 @@ KEY[@DOMAIN]                local parameters of the federated model
 optimizer/MOMENT/...        moments of its optimiser
 personal/KEY[@DOMAIN]       a whole model of the site's own (Ditto, or after the finale)
 personal/optimizer/...      moments of that one
+alone/KEY                   the model trained without anybody, where the finale chose it
 """
 
 from __future__ import annotations
@@ -16,12 +17,22 @@ from uharmony_client.optimizer import PREFIX
 from uharmony_model.exchange.partition import Partition
 from uharmony_model.methods import EVERYTHING
 
-PERSONAL = "personal/"
+PERSONAL, ALONE = "personal/", "alone/"
+METHOD_ALONE = "local"  # the method of a model trained without anybody
 
 
 def local_parameters(carried: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The local parameters of the federated model."""
-    return {k: v for k, v in carried.items() if not k.startswith((PREFIX, PERSONAL))}
+    return {k: v for k, v in carried.items() if not k.startswith((PREFIX, PERSONAL, ALONE))}
+
+
+def own_model(carried: Mapping[str, Tensor], method: str) -> tuple[dict[str, Tensor], str] | None:
+    """The site's whole model by name and the method whose network it is of; None: it has none."""
+    personal = local_parameters(personal_part(carried))
+    if personal:
+        return personal, method
+    alone = {k.removeprefix(ALONE): v for k, v in carried.items() if k.startswith(ALONE)}
+    return (alone, METHOD_ALONE) if alone else None
 
 
 def personal_part(carried: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -29,9 +40,9 @@ def personal_part(carried: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k.removeprefix(PERSONAL): v for k, v in carried.items() if k.startswith(PERSONAL)}
 
 
-def as_personal(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def as_personal(tensors: Mapping[str, Tensor], prefix: str = PERSONAL) -> dict[str, Tensor]:
     """The same under the prefix."""
-    return {f"{PERSONAL}{name}": tensor for name, tensor in tensors.items()}
+    return {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
 
 
 def by_name(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

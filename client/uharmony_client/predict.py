@@ -30,6 +30,7 @@ from uharmony_model.atomic import write_atomic
 from uharmony_model.bundle import Model, load_bundle
 from uharmony_model.errors import ConfigError, DataError, StoreError
 from uharmony_model.inference import predict_logits
+from uharmony_model.presence import present_channels, with_presence
 from uharmony_model.study import Task
 from uharmony_service.command_line import run
 
@@ -92,9 +93,10 @@ def predict(
     loaded = load_bundle(model, site)
     chosen = choose_domain(loaded, domain)
     named = modality.split(",") if modality else loaded.modalities
-    if modality is None and len(named) > 1 and len(named) != loaded.study.task.channels:
+    task = loaded.study.task
+    if modality is None and len(named) > 1 and len(named) != task.channels and not task.presence:
         raise ConfigError(f"site {site} has {', '.join(named)}; choose one with --modality")
-    modalities = channel_modalities(named, loaded.study.task, {}, "--modality")
+    modalities = channel_modalities(named, task, {}, "--modality")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -137,9 +139,10 @@ def segment(
     """
     study = model.study
     image, grid = prepare_image(images, modalities, study.task, max_voxels)
+    present = present_channels(study.task, modalities)
     logits = predict_logits(
         model.network,
-        image,
+        with_presence(torch.from_numpy(image)[None], [present], study.task)[0],
         patch=study.training.patch,
         overlap=study.evaluation.overlap,
         domain=None if domain is None else model.domains.index(domain),

@@ -93,8 +93,9 @@ class Site:
     @property
     def modalities(self) -> tuple[str, ...]:
         """The study's names of this site's modalities, channel by channel; empty when they vary."""
-        rename = self.config.modality_map
-        found = {tuple(rename.get(m, m) for m in case.modality) for case in self.table.cases}
+        rename, lacking = self.config.modality_map, self.config.lacks(self.study.task)
+        named = ([rename.get(m, m) for m in case.modality] for case in self.table.cases)
+        found = {tuple(m for m in names if m not in lacking) for names in named}
         return found.pop() if len(found) == 1 else ()
 
     @property

@@ -11,7 +11,11 @@ from uharmony_model.exchange.instruction import Instruction
 from uharmony_service.board import BoardWriter, Said
 
 State = Literal["starting", "preparing", "waiting", "training", "evaluating", "finished", "failed"]
-_WORK: dict[str, State] = {"train": "training", "evaluate": "evaluating"}
+_WORK: dict[str, State] = {
+    "train": "training",
+    "evaluate": "evaluating",
+    "finale": "training",
+}
 
 
 class SiteBoard(Said):

@@ -38,6 +38,8 @@ class SiteConfig(Frozen):
 
     `volumes` is where prepared volumes are kept (None: in the store); several studies may share it.
     `annotated` names the study's classes that this site draws (None: all of them).
+    `missing` names the study's modalities that this site does not have or does not give: where the
+    study takes presence masks (`task.presence`), a channel of theirs counts as not there.
     `modality_map` renames the site's modalities to the study's, `label_map` its label values;
     a value that is not in the map stays, and 0 is background.
     """
@@ -47,6 +49,7 @@ class SiteConfig(Frozen):
     store: Path
     volumes: Path | None = None
     annotated: Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
+    missing: tuple[Name, ...] = ()
     modality_map: dict[str, Name] = Field(default_factory=dict)
     label_map: dict[LabelValue, StudyValue] = Field(default_factory=dict)
     policy: Policy = Policy()
@@ -67,6 +70,26 @@ class SiteConfig(Frozen):
                 f"the study's classes are {', '.join(task.class_names)}"
             )
         return tuple(name in self.annotated for name in task.class_names)
+
+    def lacks(self, task: Task) -> frozenset[str]:
+        """The study's modalities that are declared missing here.
+
+        Raises:
+            ConfigError: the study has no such modality or no presence masks, or nothing is left.
+        """
+        lacking = frozenset(self.missing)
+        known = f"the study has {', '.join(task.intensity)}"
+        if not lacking <= task.intensity.keys():
+            wrong = ", ".join(sorted(lacking - task.intensity.keys()))
+            raise ConfigError(f"site {self.name}: missing names {wrong}; {known}")
+        if lacking and not task.presence:
+            raise ConfigError(
+                f"site {self.name}: missing names {', '.join(sorted(lacking))}, but every site of "
+                "this study needs all its channels (task.presence is false); take missing out"
+            )
+        if lacking == task.intensity.keys():
+            raise ConfigError(f"site {self.name}: missing names every modality; {known}")
+        return lacking
 
     def label_values(self, task: Task) -> frozenset[int]:
         """The label values that may occur here after `label_map`, background included."""

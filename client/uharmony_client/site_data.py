@@ -6,7 +6,7 @@ of each channel's modality. Nothing is guessed: what does not fit the study is r
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from uharmony_client.nifti import LoadedVolume, load_volume
 from uharmony_client.site_config import SiteConfig
 from uharmony_client.volume_header import VolumeHeader
 from uharmony_model.errors import DataError
+from uharmony_model.presence import present_channels
 from uharmony_model.study import Task
 
 _WHOLE = 1e-3  # how far a label may be from a whole number; float files carry scaling errors
@@ -40,11 +41,13 @@ def prepare(case: Case, task: Task, config: SiteConfig) -> Volume:
     Raises:
         DataError: a file, its grid, its values or its modality does not fit the study.
     """
+    present_in(case, task, config)
     image, grid = prepare_image(
         case.image,
         channel_modalities(case.modality, task, config.modality_map, case.case),
         task,
         config.resources.max_voxels,
+        missing=config.lacks(task),
     )
     if case.label is None:
         return Volume(image, None, grid)
@@ -59,9 +62,17 @@ def prepare(case: Case, task: Task, config: SiteConfig) -> Volume:
 
 
 def prepare_image(
-    paths: Sequence[Path], modalities: Sequence[str], task: Task, max_voxels: int
+    paths: Sequence[Path],
+    modalities: Sequence[str],
+    task: Task,
+    max_voxels: int,
+    *,
+    missing: Collection[str] = (),
 ) -> tuple[NDArray[np.float32], Grid]:
     """Load the channels, one or more a file, onto one stored grid; `modalities` one a channel.
+
+    With `task.presence` each goes to the place of its modality; the others, and those of a
+    `missing` modality, are zero.
 
     Raises:
         DataError: a file is unusable, or the channels do not lie on one grid.
@@ -79,24 +90,53 @@ def prepare_image(
                 f"{path}: {_describe(loaded.header)} is not the grid of {paths[0]}: "
                 f"{_describe(grid.header)}; resample the channels to one grid"
             )
-        channels += [to_stored_grid(channel, grid) for channel in _channels_of(loaded, path)]
+        here = modalities[len(channels) :]
+        channels += [
+            to_stored_grid(channel, grid) for channel in _channels_of(loaded, path, here, missing)
+        ]
         del loaded  # or the next file would lie in memory beside it
-    if grid is None or len(channels) != task.channels:
-        raise DataError(
-            f"{', '.join(map(str, paths))}: {len(channels)} channels; the study has {task.channels}"
+    if grid is None or len(channels) != len(modalities):
+        expected = (
+            f"{len(modalities)} modalities are named"
+            if task.presence
+            else f"the study has {task.channels}"
         )
+        raise DataError(f"{', '.join(map(str, paths))}: {len(channels)} channels; {expected}")
     for channel, modality in zip(channels, modalities, strict=True):
         with np.errstate(over="ignore", invalid="ignore"):
             apply_intensity(channel, task.intensity[modality])
         if not np.isfinite(channel).all():
             raise DataError(f"{paths[0]}: voxels too large to be scaled as {modality}")
+    if task.presence:
+        named = dict(zip(modalities, channels, strict=True))
+        nothing = np.zeros(grid.shape, dtype=np.float32)
+        channels = [
+            nothing if name in missing else named.get(name, nothing) for name in task.intensity
+        ]
     return (np.stack(channels) if len(channels) > 1 else channels[0][None]), grid
+
+
+def present_in(case: Case, task: Task, config: SiteConfig) -> tuple[bool, ...]:
+    """Which of the study's channels this site has of a case, (C,).
+
+    Raises:
+        DataError: none, or its modalities do not fit the study.
+        ConfigError: what the site declares missing does not fit the study.
+    """
+    lacking = config.lacks(task)
+    named = channel_modalities(case.modality, task, config.modality_map, case.case)
+    try:
+        return present_channels(task, [name for name in named if name not in lacking])
+    except DataError as error:
+        raise DataError(f"{case.case}: {error}") from None
 
 
 def channel_modalities(
     named: Sequence[str], task: Task, modality_map: Mapping[str, str], what: str
 ) -> tuple[str, ...]:
     """The study's modality of each channel; one name stands for all channels.
+
+    With `task.presence` these are the channels that are there, each a modality of its own.
 
     Raises:
         DataError: no modality is named and the study has several, or one is not in the study.
@@ -113,6 +153,10 @@ def channel_modalities(
                 f"{what}: modality {name!r:.80} is not in the study, which has {known}; "
                 "rename it in modality_map"
             )
+    if task.presence:
+        if len(set(names)) != len(names):
+            raise DataError(f"{what}: a modality is named twice; the study has one channel of each")
+        return tuple(names)
     if len(names) == 1:
         names *= task.channels
     if len(names) != task.channels:
@@ -120,9 +164,14 @@ def channel_modalities(
     return tuple(names)
 
 
-def _channels_of(loaded: LoadedVolume, path: Path) -> list[NDArray[np.float32]]:
+def _channels_of(
+    loaded: LoadedVolume, path: Path, modalities: Sequence[str], missing: Collection[str]
+) -> list[NDArray[np.float32]]:
     array = loaded.array if loaded.array.ndim == 4 else loaded.array[None]
-    for channel in array:
+    for number, channel in enumerate(array):
+        # Some exports hold zeros in the place of what was never acquired.
+        if number < len(modalities) and modalities[number] in missing:
+            continue
         if channel.min() == channel.max():
             raise DataError(f"{path}: every voxel has the value {channel.max():g}; export it again")
     return list(array)

@@ -9,13 +9,16 @@ from pathlib import Path
 from pydantic import NonNegativeInt
 from torch import Tensor
 
-from uharmony_client.personal import local_parameters, personal_part
+from uharmony_client.personal import from_names, local_parameters, own_model
 from uharmony_client.site import Site
 from uharmony_client.workbench import carried_after
 from uharmony_model.bundle import save_bundle
 from uharmony_model.errors import ConfigError, StoreError
+from uharmony_model.exchange.partition import Partition
 from uharmony_model.frozen import Frozen, parse
+from uharmony_model.networks import build_network
 from uharmony_model.schedule import finale_round
+from uharmony_model.segmentation_network import SegmentationNetwork
 
 _ROUND_FILE = "round.json"
 _MAX_ROUND_BYTES = 1 << 12
@@ -62,7 +65,7 @@ def save_site_model(
     Raises:
         StoreError: the disk is full.
     """
-    entry, whole = site_entry(carried)
+    entry, own = site_entry(site, carried)
     save_bundle(
         folder,
         site.study,
@@ -70,15 +73,29 @@ def save_site_model(
         {site.name: entry},
         {site.name: site.domains},
         {site.name: site.modalities},
-        whole={site.name} if whole else (),
+        own={} if own is None else {site.name: own},
         notes={_ROUND_FILE: json.dumps({"round": round_}).encode()},
     )
 
 
-def site_entry(carried: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
-    """A site's tensors for a model's folder, and whether they are a whole model of its own."""
-    own = local_parameters(personal_part(carried))
-    return (own, True) if own else (local_parameters(carried), False)
+def site_entry(site: Site, carried: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str | None]:
+    """A site's tensors for a model's folder, and the method of a whole model of its own."""
+    return own_model(carried, site.study.method) or (local_parameters(carried), None)
+
+
+def site_network(
+    site: Site, shared: Mapping[str, Tensor], carried: Mapping[str, Tensor]
+) -> SegmentationNetwork:
+    """The network that the site measures and predicts with, on its device."""
+    entry, own = site_entry(site, carried)
+    study = site.study if own is None else site.study.with_method(own)
+    network = build_network(study, site.domains, seed=study.seed).to(site.device)
+    if own is None:
+        state = Partition.of(network, study.plan.local).merge(shared, entry)
+    else:
+        state = from_names(network, entry)
+    network.load_state_dict(state)
+    return network
 
 
 def kept_round(folder: Path) -> int:

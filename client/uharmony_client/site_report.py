@@ -259,7 +259,7 @@ def _draw(network: nn.Module, site: Site, case: Case) -> bytes:
 
     volume = site.volumes[case.case]
     return draw_case(
-        np.asarray(volume.image[0]),
+        np.asarray(volume.image[volume.present.index(True)]),
         to_targets(torch.from_numpy(np.array(volume.label))[None], site.study.task)[0].numpy(),
         predict_masks(network, site, case).cpu().numpy(),
         volume.spacing_mm,

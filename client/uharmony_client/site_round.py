@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from uharmony_client.evaluate import CaseRow, evaluate_split, save_rows, summarise
-from uharmony_client.finale import Choice, State, play_finale
+from uharmony_client.finale import Candidate, Choice, State, clear_shelf, play_finale
 from uharmony_client.local_store import RoundKey
 from uharmony_client.local_train import train_round
-from uharmony_client.personal import as_personal, by_name, model_state
+from uharmony_client.personal import ALONE, PERSONAL, as_personal, by_name, model_state
 from uharmony_client.policy import KEPT, STARTED_FROM, apply_policy
 from uharmony_client.site import Site
 from uharmony_client.small_cells import update_values
@@ -112,7 +112,7 @@ def finale_metrics(
     site: Site,
     bench: Bench,
     *,
-    alone: Callable[[], State] | None = None,
+    alone: Callable[[], Candidate] | None = None,
     on_step: StepListener | None = None,
 ) -> bytes:
     """Play the finale, keep what was chosen as the site's own model, and measure that.
@@ -138,16 +138,19 @@ def finale_metrics(
         alone=alone,
         on_step=on_step,
     )
-    bench.network.load_state_dict(choice.state)
+    model = choice.model
+    model.network.load_state_dict(model.state)
     rows: list[CaseRow] = []
     for split in splits_due(study, study.training.rounds):
-        found = evaluate_split(bench.network, site, split, round_=round_, slow=True)
+        found = evaluate_split(model.network, site, split, round_=round_, slow=True)
         save_rows(found, site, split, round_)
         rows += found
     _note_choice(site, choice, round_)
     answer = metrics_payload(site, bench.base, round_, {**summarise(rows, site), KEPT: choice.kept})
-    kept = as_personal(by_name(bench.network, choice.state))
+    prefix = PERSONAL if model.method == study.method else ALONE
+    kept = as_personal(by_name(model.network, model.state), prefix)
     store.write(key, answer, kept, allow_rollback=site.config.policy.allow_rollback)
+    clear_shelf(site, key)
     return answer
 
 

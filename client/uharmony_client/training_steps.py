@@ -84,12 +84,14 @@ def run_steps(
     for step in range(done, count):
         for group in optimizer.param_groups:
             group["lr"] = rate(step)
-        _let_learn(network, learns(step))
+        learned = learns(step)
+        _let_learn(network, learned)
         where = (data.site, round_, step)
         image, label, cases = draw_batch(data.volumes, task, training, study.seed, *where)
         domain = torch.tensor([data.domains[case] for case in cases], device=device)
         alone = numpy_generator(study.seed, *where, "domain-dropout").random()
-        drop = alone < study.harmonization.domain_dropout
+        # The zero of the residuals is trained through what is shared; where that rests, it rests.
+        drop = learned is None and alone < study.harmonization.domain_dropout
 
         logits = network(image.to(device), domain, drop=drop)
         loss = segmentation_loss(logits, label.to(device), task, annotated)

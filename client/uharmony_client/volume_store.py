@@ -32,7 +32,7 @@ from pydantic import ValidationError
 from uharmony_client.case_table import Case
 from uharmony_client.grids import Grid
 from uharmony_client.site_config import SiteConfig
-from uharmony_client.site_data import Volume, channel_modalities, prepare
+from uharmony_client.site_data import Volume, channel_modalities, prepare, present_in
 from uharmony_model.atomic import make_directory, remove_directory, temporary_directory
 from uharmony_model.errors import DataError, StoreError
 from uharmony_model.frozen import Frozen
@@ -72,7 +72,8 @@ class StoredVolume:
     """A prepared case; `image` and `label` are read-only memory maps.
 
     `foreground` (N, 4) holds D, H, W indices and label value, at most 20 000 rows a value, drawn
-    evenly. `spacing_mm` is along D, H, W = right, anterior, superior.
+    evenly. `spacing_mm` is along D, H, W = right, anterior, superior. A channel that is not
+    `present (C,)` is zero.
     """
 
     case: Case
@@ -81,6 +82,7 @@ class StoredVolume:
     label: NDArray[np.uint8] | None
     foreground: NDArray[np.int32]
     grid: Grid
+    present: tuple[bool, ...]
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
@@ -106,10 +108,11 @@ class VolumeStore:
             StoreError: the store cannot be written.
         """
         key = entry_key(case, task, config)
+        present = present_in(case, task, config)
         entry = self.folder / key
         if entry.exists():
             try:
-                return _load(entry, case, key)
+                return _load(entry, case, key, present)
             except StoreError as error:
                 log.warning("%s; preparing the case again", error)
                 remove_directory(entry)
@@ -118,7 +121,7 @@ class VolumeStore:
         volume = prepare(case, task, config)
         with _store_error(self.folder):
             self._publish(volume, key, entry)
-        return _load(entry, case, key)
+        return _load(entry, case, key, present)
 
     def verify(self, volume: StoredVolume) -> None:
         """Compare every byte of an entry with its digests; `open` looks at sizes only.
@@ -176,6 +179,9 @@ def entry_key(case: Case, task: Task, config: SiteConfig) -> str:
         "label_map": sorted(config.label_map.items()),
         "label_values": sorted(config.label_values(task)),
     }
+    if task.presence:  # which channel of the files goes where, and which do not
+        content |= {"modalities": modalities, "channels": list(task.intensity)}
+        content |= {"missing": sorted(config.lacks(task))}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -210,7 +216,7 @@ def _source_digest(path: Path) -> str:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
-def _load(entry: Path, case: Case, key: str) -> StoredVolume:
+def _load(entry: Path, case: Case, key: str, present: tuple[bool, ...]) -> StoredVolume:
     record = _read_record(entry, key)
     arrays: dict[str, NDArray[Any]] = {}
     for name, piece in record.arrays.items():
@@ -228,7 +234,8 @@ def _load(entry: Path, case: Case, key: str) -> StoredVolume:
         raise StoreError(f"{entry}: arrays are missing from its record")
     # The foreground is read at every step, and small.
     foreground = np.array(arrays["foreground"])
-    return StoredVolume(case, key, arrays["image"], arrays.get("label"), foreground, record.grid)
+    label = arrays.get("label")
+    return StoredVolume(case, key, arrays["image"], label, foreground, record.grid, present)
 
 
 def _read_record(entry: Path, key: str) -> Record:

@@ -132,6 +132,8 @@ def coordinate(folder: ServerFolder, port: int) -> Checkpoint:
             late=grid.take_late,
             before_round=before_round,
             missed=missed,
+            # At its end a site may train alone what it trained with the others, and then some.
+            finale_timeout=limits.deadline and limits.deadline * (study.training.rounds + 2),
         ),
     )
     _note(folder, board, state)

@@ -66,8 +66,10 @@ def model_card(checkpoint: Checkpoint, study: Study) -> str:
             f"round {checkpoint.round}: a record is damaged ({error.error_count()} errors); "
             "restore the checkpoint"
         ) from None
-    last = max((r.round for r in records if r.split == "test"), default=0)
-    test = [r for r in records if r.split == "test" and r.round == last]
+    # What a site made of it at home is not in this folder.
+    records = [r for r in records if r.split == "test" and r.kept is None]
+    last = max((r.round for r in records), default=0)
+    test = [r for r in records if r.round == last]
     sections = (
         _facts(checkpoint, study),
         _sites(checkpoint, test),

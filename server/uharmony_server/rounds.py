@@ -39,7 +39,8 @@ class Patience:
 
     `certified` tells whose certificate a node has, `online` which nodes are there; `late` gives
     the updates that came after their rounds, once each; `before_round` may wait (a pause, too few
-    sites); `missed` is told why a round did not count and waits before it is asked again.
+    sites); `missed` is told why a round did not count and waits before it is asked again. A finale
+    may take `finale_timeout` seconds: a site may train its model without anybody in it.
     """
 
     certified: SiteOf
@@ -47,6 +48,7 @@ class Patience:
     late: Callable[[], Iterable[Late]] = _nothing_late
     before_round: Callable[[int], None] = lambda round_: None
     missed: Callable[[int, QuorumError], None] = lambda round_, error: None
+    finale_timeout: float | None = None
 
 
 def run_rounds(
@@ -103,7 +105,7 @@ def run_rounds(
         if patience is not None:
             with suppress(QuorumError):  # whoever is there; nobody is waited for
                 strategy.greet(grid, timeout=_FAREWELL_SECONDS)
-        _finale(strategy, grid, timeout)
+        _finale(strategy, grid, timeout if patience is None else patience.finale_timeout)
         save(folder, strategy.state)
         if on_round is not None:
             on_round(strategy.state)

@@ -19,6 +19,9 @@ from uharmony_server.summary import summary_table
 from uharmony_service.command_line import run as run_command
 from uharmony_simulation.arms import Machine
 from uharmony_simulation.compare import compare
+from uharmony_simulation.lab import Places, run_lab
+from uharmony_simulation.lab_config import load_lab
+from uharmony_simulation.lab_publish import publish
 from uharmony_simulation.progress import make_progress
 from uharmony_simulation.run import run_study
 
@@ -105,6 +108,48 @@ def run(
     console.print(
         f"results  {out / 'results.json'}\nreport   {out / 'report.html'}", highlight=False
     )
+
+
+@app.command("study")
+def heterogeneity_study(
+    lab: Annotated[Path, typer.Argument(help="file of the study: arms, seeds, grid")],
+    out: Annotated[Path, typer.Option(help="folder for sites, models, records and the report")],
+    data: Annotated[Path | None, typer.Option(help="folder of volumes")] = None,
+    records: Annotated[
+        Path | None, typer.Option(help="records to go on from and to add to; in --out if left out")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="processes at a time")] = 1,
+    memory_gib: Annotated[
+        float | None, typer.Option(min=0.1, help="fewer processes where they would need more")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="torch threads of each process")] = 1,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    only_report: Annotated[
+        bool, typer.Option("--only-report", help="train nothing; tables of what is done")
+    ] = False,
+) -> None:
+    """Train every arm under every condition of a grid, with several seeds, and compare.
+
+    It can be interrupted at any time and goes on when it is started again; what has a record is
+    never trained again.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"--device {device}: unknown; known are auto, cpu, cuda")
+    declared, study, simulation = load_lab(lab)
+    places = Places(out, records or out / "records", data)
+    if not only_report:
+        run_lab(
+            declared,
+            study,
+            simulation,
+            places,
+            Machine(threads, device),
+            workers=workers,
+            memory_mib=None if memory_gib is None else round(memory_gib * 1024),
+            say=lambda text: print(text, flush=True),
+        )
+    publish(declared, study, simulation, places)
+    print(f"report  {out / 'report.html'}", flush=True)
 
 
 @app.command()

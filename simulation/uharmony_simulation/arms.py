@@ -14,18 +14,15 @@ from flwr.serverapp import Grid
 
 from uharmony_client.case_figures import draw_site_cases
 from uharmony_client.flower_app import OnStep, make_client_app
-from uharmony_client.personal import model_state
 from uharmony_client.site import Opened, Site
 from uharmony_client.site_config import load_site
-from uharmony_client.site_models import site_entry
+from uharmony_client.site_models import site_entry, site_network
 from uharmony_client.workbench import carried_after
 from uharmony_model.atomic import write_atomic
 from uharmony_model.bundle import save_bundle
 from uharmony_model.errors import ConfigError
-from uharmony_model.exchange.partition import Partition
 from uharmony_model.exchange.schema import Schema, unflatten
 from uharmony_model.initial import initial_weights
-from uharmony_model.networks import build_network
 from uharmony_model.participation import Participation
 from uharmony_model.schedule import finale_round
 from uharmony_model.study import Study
@@ -87,7 +84,9 @@ class SiteOpener:
 
     def named(self, name: str, on_case: Opened | None = None) -> Site:
         """The opened site of this name."""
-        key = (str(self._folder / name), self._machine.device)
+        study = self._arm.study
+        splits = f"{study.split_seed} {study.evaluation.model_dump_json()}"
+        key = (str(self._folder / name), self._machine.device, splits)
         if key not in _OPENED:
             config = load_site(self._folder / name / "site.yaml")
             resources = config.resources.model_copy(update={"device": self._machine.device})
@@ -103,7 +102,7 @@ class SiteOpener:
 
 
 # Memory maps and case tables only: a few kilobytes a case, the same for every arm of a run.
-_OPENED: dict[tuple[str, str], Site] = {}
+_OPENED: dict[tuple[str, str, str], Site] = {}
 
 
 def run_arm(
@@ -115,12 +114,13 @@ def run_arm(
     on_round: OnRound | None = None,
     on_step: OnStep | None = None,
     participation: Participation | None = None,
+    figures: bool = True,
 ) -> None:
     """Run an arm to its end in `folder`, from wherever it stands, and leave its outcome there.
 
-    `server/` holds the checkpoints, `model/` what `uharmony-predict` reads, `figures/` two cases
-    a site, and `done.json` is written last. Under a `participation` only the sites it names
-    train and count.
+    `server/` holds the checkpoints, `model/` what `uharmony-predict` reads, `figures/` (where asked
+    for) two cases a site, and `done.json` is written last. Under a `participation` only the sites
+    it names train and count.
 
     Raises:
         ConfigError: a participation, and an engine that cannot follow it.
@@ -131,8 +131,16 @@ def run_arm(
     schema, initial = initial_weights(arm.study)
     opener = SiteOpener(arm, sites, machine)
 
+    ends: list[float] = []  # of the rounds that were done in this call
+
+    def round_done(state: Checkpoint) -> None:
+        if not state.at_home:
+            ends.append(time.monotonic())
+        if on_round is not None:
+            on_round(state)
+
     def main(grid: Grid) -> Checkpoint:
-        return run_rounds(arm.study, schema, initial, grid, folder / "server", on_round=on_round)
+        return run_rounds(arm.study, schema, initial, grid, folder / "server", on_round=round_done)
 
     if machine.engine == "ray":
         state = run_with_ray(
@@ -146,7 +154,7 @@ def run_arm(
         app = make_client_app(opener, on_step=on_step)
         grid = InProcessGrid(app, arm.sites)
         state = main(grid if participation is None else ParticipationGrid(grid, participation))
-    _keep_model(arm, schema, state, opener, folder)
+    _keep_model(arm, schema, state, opener, folder, figures=figures)
     outcome = {
         "arm": arm.name,
         "seed": arm.seed,
@@ -155,6 +163,7 @@ def run_arm(
         "threads": machine.threads,
         "engine": machine.engine,
         "seconds": round(time.monotonic() - started, 1),
+        "seconds_per_round": round((ends[-1] - started) / len(ends), 2) if ends else None,
         "bytes_up": list(state.bytes_up),
         "records": [{**record, "arm": arm.name, "seed": arm.seed} for record in state.records],
         "refusals": [
@@ -165,22 +174,26 @@ def run_arm(
 
 
 def _keep_model(
-    arm: Arm, schema: Schema, state: Checkpoint, opener: SiteOpener, folder: Path
+    arm: Arm,
+    schema: Schema,
+    state: Checkpoint,
+    opener: SiteOpener,
+    folder: Path,
+    *,
+    figures: bool,
 ) -> None:
-    """The model to hand out, and two pictures a site, from the last round."""
+    """The model to hand out, and two pictures a site."""
     opened = [opener.named(name) for name in arm.sites]
     shared, last = unflatten(state.global_, schema), state.round
     if arm.study.finale.steps:
         last = finale_round(arm.study)
     carried = {s.name: carried_after(s, last) for s in opened}
-    entries = {name: site_entry(tensors) for name, tensors in carried.items()}
+    entries = {s.name: site_entry(s, carried[s.name]) for s in opened}
     local = {name: tensors for name, (tensors, _) in entries.items()}
-    whole = [name for name, (_, whole) in entries.items() if whole]
+    own = {name: method for name, (_, method) in entries.items() if method is not None}
     domains = {s.name: s.domains for s in opened}
     modalities = {s.name: s.modalities for s in opened}
-    save_bundle(folder / "model", arm.study, shared, local, domains, modalities, whole=whole)
-    for site in opened:
-        network = build_network(arm.study, site.domains, seed=arm.seed).to(site.device)
-        partition = Partition.of(network, arm.study.plan.local)
-        network.load_state_dict(model_state(network, partition, shared, carried[site.name]))
+    save_bundle(folder / "model", arm.study, shared, local, domains, modalities, own=own)
+    for site in opened if figures else ():
+        network = site_network(site, shared, carried[site.name])
         draw_site_cases(network, site, last, folder / "figures")

@@ -12,17 +12,20 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 
 from uharmony_model.frozen import Frozen
 from uharmony_model.study import Name
+from uharmony_simulation.scanners import EFFECTS, Effect
 
 
 class ScannerSettings(Frozen):
     """How far a site's simulated scanner is from the original; 0 is the identity.
 
-    `invert` turns the contrast round, `motion` adds the ghosts of a patient who moves.
+    `invert` turns the contrast round, `motion` adds the ghosts of a patient who moves. `effects`
+    are those that the strength applies to.
     """
 
     strength: NonNegativeFloat = 1.0
     invert: bool = False
     motion: bool = False
+    effects: tuple[Effect, ...] = EFFECTS
 
 
 class AnatomySite(Frozen):
@@ -32,7 +35,23 @@ class AnatomySite(Frozen):
     scanner: ScannerSettings = ScannerSettings()
 
 
-class AnatomySource(Frozen):
+class SiteOptions(Frozen):
+    """What some sites do not have; a site that is not named has everything.
+
+    `annotated` names the classes that a site draws: of the others its labels say nothing. `missing`
+    names the modalities that it does not give (`task.presence` in the study). Both stand in the
+    site's own site.yaml; volumes and labels are not copied for it.
+    """
+
+    annotated: dict[Name, Annotated[tuple[Name, ...], Field(min_length=1)]] = Field(
+        default_factory=dict
+    )
+    missing: dict[Name, Annotated[tuple[Name, ...], Field(min_length=1)]] = Field(
+        default_factory=dict
+    )
+
+
+class AnatomySource(SiteOptions):
     """Real anatomy that ships inside a package, with lesions of known extent."""
 
     kind: Literal["anatomy"]
@@ -48,18 +67,19 @@ class AnatomySource(Frozen):
         return self
 
 
-class FolderSource(Frozen):
+class FolderSource(SiteOptions):
     """Volumes in the folder given by `--data`.
 
     `sites_from` says what makes a site: the case table's `site` column; the modality, every
     patient at one site only; or a `random` division of patients into `random_sites`.
+    `cases_per_site` limits them, all alike or by name.
     `scanners` puts a simulated scanner on a site's volumes; a site without one is unchanged.
     """
 
     kind: Literal["folder"]
     sites_from: Literal["column", "modality", "random"] = "column"
     random_sites: Annotated[int, Field(ge=1, le=1000)] = 3
-    cases_per_site: PositiveInt | None = None
+    cases_per_site: PositiveInt | dict[Name, PositiveInt] | None = None
     scanners: dict[Name, ScannerSettings] = Field(default_factory=dict)
     attribution: Annotated[str, Field(max_length=600)] = ""
 

@@ -151,7 +151,11 @@ class TerminalBars(Progress):
     def arm(self, arm: Arm) -> None:
         """A bar over all steps of all sites."""
         self._finish()
-        steps = arm.study.training.rounds * arm.study.training.local_steps * len(arm.sites)
+        training, finale = arm.study.training, arm.study.finale
+        # Own part and whole are two ways; where a site has no own part the bar ends early.
+        ways = len({"own", "whole"} & set(finale.candidates)) or 1
+        steps = training.rounds * training.local_steps + ways * finale.steps
+        steps *= len(arm.sites)
         self._per_round = arm.study.training.local_steps * len(arm.sites)
         self._done, self._note = 0, ""
         label = f"{arm.name} (seed {arm.seed})"
@@ -166,7 +170,7 @@ class TerminalBars(Progress):
 
     def round(self, arm: Arm, state: Checkpoint) -> None:
         """Steps that were not repeated count too, so that a resumed bar is right."""
-        self._done = state.round * self._per_round
+        self._done = max(state.round * self._per_round, self._done if state.at_home else 0)
         if (dice := _validation_dice(state)) is not None:
             self._note = f"| validation Dice {dice:.3f}"
         self._update(completed=self._done, note=f"round {state.round} {self._note}")

@@ -28,6 +28,7 @@ from uharmony_model.participation import Participation
 from uharmony_model.study import Study, load_study
 from uharmony_server.records import Record, write_results
 from uharmony_server.report import ArmRefusal, Figure, write_report
+from uharmony_server.summary import LOCAL
 from uharmony_simulation.arms import Arm, Machine, SiteOpener, run_arm
 from uharmony_simulation.config import Simulation
 from uharmony_simulation.participation import check_one_run, check_sites, claim
@@ -69,7 +70,9 @@ def run_study(
             raise ConfigError(f"--participation with --engine {machine.engine}; use inprocess")
     _claim(out, study, resume)
     sites = make_sites(study, simulation, data, out / "sites", on_case=progress.making)
-    planned = [Arm.of(study, name, seed, sites) for name in arms for seed in seeds]
+    # The sites' finale chooses from what the local arm leaves, so that one is first.
+    ordered = sorted(arms, key=lambda name: name != LOCAL)
+    planned = [Arm.of(study, name, seed, sites) for name in ordered for seed in seeds]
     for arm in planned:
         if participation is not None:
             check_sites(participation, arm.sites)

@@ -13,7 +13,8 @@ Arrays are `(D, H, W)` on RAS axes; lengths are in mm.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Collection
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,9 @@ from uharmony_model.frozen import Frozen
 from uharmony_model.randomness import numpy_generator, numpy_state
 
 Volume = npt.NDArray[np.float32]
+
+Effect = Literal["contrast", "bias", "resolution", "noise"]
+EFFECTS: tuple[Effect, ...] = get_args(Effect)
 
 MAX_STRENGTH = 10.0
 AIR = 0.05  # below this fraction of the range nothing is remapped: inverted contrast keeps dark air
@@ -67,12 +71,19 @@ class Scanner(Frozen):
 
 
 def draw_scanner(
-    study_seed: int, domain: str, strength: float, *, invert: bool = False, motion: bool = False
+    study_seed: int,
+    domain: str,
+    strength: float,
+    *,
+    invert: bool = False,
+    motion: bool = False,
+    effects: Collection[Effect] = EFFECTS,
 ) -> Scanner:
     """Draw a domain's scanner: strength 1 is a plausible other scanner, 3 a hard one.
 
-    `invert` turns the contrast over (T1-like to T2-like) at any strength above 0; without it,
-    a domain turns over by itself somewhere above strength 1, or never.
+    `effects` limits it to some of its effects; the others are as at strength 0. `invert` turns the
+    contrast over (T1-like to T2-like) at any strength above 0; without it, a domain turns over by
+    itself somewhere above strength 1, or never.
 
     Raises:
         ConfigError: the strength is not within 0 to 10.
@@ -91,18 +102,21 @@ def draw_scanner(
     axis: Literal[0, 1, 2] = AXES[int(rng.integers(3))]
     slice_mm, blur_mm = rng.uniform(1.0, 4.0), rng.uniform(0.5, 3.0)
     gibbs, noise, motion_mm = rng.uniform(0.1, 0.4), rng.uniform(0.01, 0.05), rng.uniform(1.0, 4.0)
+    contrast, coil, blurred, rough = (
+        strength if name in effects else 0.0 for name in ("contrast", "bias", "resolution", "noise")
+    )
     return Scanner(
         domain=domain,
         strength=strength,
-        inverted=strength > 0 and (invert or strength * tendency > 1),
-        log_slopes=tuple(float(value) for value in strength * slopes),
-        bias=tuple(float(value) for value in strength * bias),
+        inverted=strength > 0 and (invert or contrast * tendency > 1),
+        log_slopes=tuple(float(value) for value in contrast * slopes),
+        bias=tuple(float(value) for value in coil * bias),
         slice_axis=axis,
-        slice_mm=strength * slice_mm,
-        blur_mm=strength * blur_mm,
+        slice_mm=blurred * slice_mm,
+        blur_mm=blurred * blur_mm,
         motion_mm=strength * motion_mm if motion else 0.0,
-        gibbs=min(strength * gibbs, MAX_GIBBS),
-        noise=strength * noise,
+        gibbs=min(blurred * gibbs, MAX_GIBBS),
+        noise=rough * noise,
     )
 
 

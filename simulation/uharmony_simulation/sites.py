@@ -7,8 +7,9 @@ without a scanner are referenced where they lie; nothing is copied.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -30,6 +31,7 @@ from uharmony_model.study import Study
 from uharmony_simulation.anatomy import ATTRIBUTION, Anatomy
 from uharmony_simulation.config import AnatomySource, FolderSource, ScannerSettings, Simulation
 from uharmony_simulation.scanners import Scanner, apply_scanner, draw_scanner
+from uharmony_simulation.site_options import site_options
 
 _POLICY = """\
 # All sites of a simulation lie on one machine: figures over few cases are shown to nobody else,
@@ -54,7 +56,8 @@ def make_sites(
     """Write `folder/<site>/` for every site, whole or not at all, and return their names.
 
     A folder made earlier by the same study and section is used again. `folder/pooled/` holds
-    the reference that no hospital can run: all cases of all sites, each site a domain.
+    the reference that no hospital can run: all cases of all sites, each site a domain. It has
+    the labels and modalities too that its sites are left without.
 
     Raises:
         ConfigError: the section needs --data, or asks for sites the data do not have.
@@ -78,9 +81,10 @@ def make_sites(
     temporary = temporary_directory(folder)
     try:
         tables, scanners = _tables(study, simulation, data, temporary, folder, on_case)
+        options = site_options(study.task, simulation.source, tables)
         everything: list[Case] = []
         for site, cases in tables.items():
-            _write_site(temporary / site, site, cases)
+            _write_site(temporary / site, site, cases, options.get(site))
             everything += [c.model_copy(update={"domain": _pooled_domain(c)}) for c in cases]
         _write_site(temporary / POOLED, POOLED, everything)
         made = {
@@ -198,10 +202,15 @@ def _divide(study: Study, source: FolderSource, cases: list[Case]) -> dict[str, 
     return {
         site: [
             c.model_copy(update={"site": site, "domain": site if c.domain == c.site else c.domain})
-            for c in rows[: source.cases_per_site]
+            for c in rows[: _most(source, site)]
         ]
         for site, rows in sorted(tables.items())
     }
+
+
+def _most(source: FolderSource, site: str) -> int | None:
+    most = source.cases_per_site
+    return most.get(site) if isinstance(most, dict) else most
 
 
 def _by_modality(study: Study, cases: list[Case]) -> dict[str, list[Case]]:
@@ -255,7 +264,12 @@ def _scan(case: Case, scanner: Scanner, study: Study, temporary: Path, final: Pa
 
 def _scanner(study: Study, site: str, settings: ScannerSettings) -> Scanner:
     return draw_scanner(
-        study.split_seed, site, settings.strength, invert=settings.invert, motion=settings.motion
+        study.split_seed,
+        site,
+        settings.strength,
+        invert=settings.invert,
+        motion=settings.motion,
+        effects=settings.effects,
     )
 
 
@@ -291,9 +305,12 @@ def _write_pair(
     return f"images/{name}.nii.gz", f"labels/{name}.nii.gz"
 
 
-def _write_site(folder: Path, site: str, cases: list[Case]) -> None:
+def _write_site(
+    folder: Path, site: str, cases: list[Case], options: Mapping[str, Any] | None = None
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     CaseTable(cases=tuple(cases)).write_csv(folder / "cases.csv")
     content = {"name": site, "cases": "cases.csv", "store": "store", "volumes": "../../volumes"}
+    content |= options or {}
     text = yaml.safe_dump(content, sort_keys=False) + _POLICY
     write_atomic(folder / "site.yaml", text.encode(), mode=0o644)

@@ -13,6 +13,7 @@ class Stored:
     label: np.ndarray
     foreground: np.ndarray
     spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    present: tuple[bool, ...] = (True,)
 
 
 def volumes(count: int = 3) -> list[Stored]:

@@ -28,13 +28,14 @@ class Partition:
     """The fate of every tensor of one model; made by `Partition.of`.
 
     `shared_keys` and `local_keys` are state-dict keys, sorted. Constants that a network computes
-    when it is built are in neither.
+    when it is built are in neither. `parts` says what each is.
     """
 
     domains: tuple[str, ...]
     shared_keys: tuple[str, ...]
     local_keys: tuple[str, ...]
     shared_schema: Schema
+    parts: Mapping[str, Part]
     _stacked: frozenset[str]
     _layout: Mapping[str, tuple[torch.Size, torch.dtype]]
     _constants: Mapping[str, Tensor]
@@ -71,6 +72,7 @@ class Partition:
             shared_keys=tuple(shared),
             local_keys=tuple(kept),
             shared_schema=Schema.of({key: state[key] for key in shared}),
+            parts=parts,
             _stacked=frozenset(stacked),
             _layout={key: (tensor.shape, tensor.dtype) for key, tensor in state.items()},
             _constants={

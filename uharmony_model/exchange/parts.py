@@ -17,6 +17,7 @@ from uharmony_model.harmonic_layer import HarmonicNorm
 from uharmony_model.methods import Part, Place
 from uharmony_model.perxan import PerxanNorm
 from uharmony_model.residual_conv import ResidualConv
+from uharmony_model.u2net_blocks import DomainConv, DomainNorm
 
 _WEIGHTS = {"weight": Part.BACKBONE, "bias": Part.BACKBONE}
 _NORM = {
@@ -43,6 +44,7 @@ _RULES: tuple[tuple[tuple[type[nn.Module], ...], Mapping[str, Part]], ...] = (
     ((HarmonicNorm,), _HARMONIC),
     ((DepthwiseResidual,), {"kernel_residual": Part.DEPTHWISE_RESIDUAL}),
     ((PerxanNorm,), _PERXAN),
+    ((DomainConv, DomainNorm), {"weight": Part.DOMAIN, "bias": Part.DOMAIN}),
     ((nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.PReLU), _WEIGHTS),
     ((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), _WEIGHTS),
     ((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm), _NORM),

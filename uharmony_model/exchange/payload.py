@@ -34,6 +34,7 @@ from uharmony_model.exchange.canonical import (
 from uharmony_model.exchange.codec import Buffer, CodecName, digest, pack, quantize, unpack
 from uharmony_model.exchange.schema import Schema
 from uharmony_model.frozen import Frozen
+from uharmony_model.study import CANDIDATES
 
 __all__ = [
     "Buffer",
@@ -59,11 +60,13 @@ _DIGEST_AT = _PREFIX.size - 32
 _ALIGN = 64  # numbers in the body lie aligned in memory and can be used where they are
 _CODEC_SLACK = 1024  # a compressed body may exceed 2 bytes a number by a little, never 4
 
-# The only texts: a weight that is not told, and a count below a site's threshold.
+# The only texts: a weight that is not told, a count below a site's threshold, and what a site kept
+# at its finale.
+_TEXTS = rf"^(equal|<[1-9][0-9]{{0,3}}|{'|'.join(CANDIDATES)})$"
 Value = (
     Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)]
     | Annotated[float, Field(strict=True)]
-    | Annotated[str, Field(strict=True, pattern=r"^(equal|<[1-9][0-9]{0,3})$")]
+    | Annotated[str, Field(strict=True, pattern=_TEXTS)]
     | None
 )
 
@@ -132,7 +135,7 @@ def encode(
 
     Raises:
         PayloadError: the buffer is not of the schema, a value is neither a finite number nor
-            one of the two texts, or the header grows too long.
+            one of the texts, or the header grows too long.
     """
     numel = 0 if flat is None else flat.numel()
     if (flat is None) != (schema is None) or (schema is not None and schema.numel != numel):

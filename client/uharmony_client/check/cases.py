@@ -87,7 +87,10 @@ def look_at(case: Case, task: Task | None, config: SiteConfig) -> CaseLook:
 def _look_at_volumes(look: CaseLook, task: Task | None, config: SiteConfig) -> None:
     case = look.case
     modalities = None if task is None else _modalities(case, task, config)
-    header = _look_at_images(look, task, modalities, config.resources.max_voxels)
+    lacking = frozenset[str]() if task is None else config.lacks(task)
+    if modalities is not None and lacking.issuperset(modalities):
+        raise _RefusedError("U111", "no channel is left that is not declared missing")
+    header = _look_at_images(look, task, modalities, lacking, config.resources.max_voxels)
     if case.label is None:
         look.found.append(("U404", "no label"))
         return
@@ -110,7 +113,11 @@ def _modalities(case: Case, task: Task, config: SiteConfig) -> Sequence[str]:
 
 
 def _look_at_images(
-    look: CaseLook, task: Task | None, modalities: Sequence[str] | None, max_voxels: int
+    look: CaseLook,
+    task: Task | None,
+    modalities: Sequence[str] | None,
+    lacking: frozenset[str],
+    max_voxels: int,
 ) -> VolumeHeader:
     grid: Grid | None = None
     digest = hashlib.sha256()
@@ -127,11 +134,13 @@ def _look_at_images(
         digest.update(repr(array.shape).encode())
         digest.update(np.ascontiguousarray(array.transpose(0, 3, 2, 1)).data)
         for channel in array:
+            named = () if modalities is None else modalities[look.channels : look.channels + 1]
             look.channels += 1
-            _look_at_channel(look, channel, task, modalities)
+            if not lacking.intersection(named):
+                _look_at_channel(look, channel, task, modalities)
         del loaded, array, channel  # or the next file would lie in memory beside it
-    if task is not None and look.channels != task.channels:
-        raise _RefusedError("U111", f"{look.channels} channels; the study has {task.channels}")
+    if modalities is not None and look.channels != len(modalities):
+        raise _RefusedError("U111", f"{look.channels} channels; expected {len(modalities)}")
     look.digest = digest.hexdigest()
     if grid is None:  # the case table allows no case without an image
         raise _RefusedError("U101", "no image")

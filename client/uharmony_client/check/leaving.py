@@ -44,7 +44,7 @@ def what_leaves(
     """What leaves, and why the study cannot be followed here if it cannot."""
     noted = [("U702", Detail(None, line)) for line in differences(config.policy, study)]
     try:
-        check_patch(study.network, study.training.patch)
+        check_patch(study.network, study.training.patch, study.plan.backbone)
         network = build_network(study, tuple(domains), seed=study.seed)
         partition = Partition.of(network, study.plan.local)
     except UHarmonyError as error:

@@ -44,7 +44,7 @@ _TABLE = (
     # The table and the study
     ("U001", _E, "the case table cannot be read", "correct it; the names shown on request say where"),
     ("U002", _E, "the table has no case of this site", "write the name of site.yaml in its site column"),
-    ("U003", _E, "site.yaml and the study do not fit", "correct annotated, label_map or modality_map"),
+    ("U003", _E, "site.yaml and the study do not fit", "correct annotated, missing, label_map or modality_map"),
     ("U004", _W, "the table names no patients, each case counts as one", "add the column patient, so that a person is in one split only"),
     ("U005", _E, "the splits cannot be drawn", "give each patient one site, and a split to all labelled cases or to none"),
     # Cases that training would refuse; they are quarantined
@@ -86,7 +86,7 @@ _TABLE = (
     ("U404", _N, "cases without a label", "none is needed: they are not trained on"),
     ("U405", _W, "labels that hold background only", "see that the label is the right file"),
     ("U406", _W, "a class that no case of this site shows", "leave it out of annotated where it is not drawn here"),
-    ("U407", _N, "a modality of the study that does not occur here", "none is needed"),
+    ("U407", _N, "a modality of the study that neither occurs here nor is declared missing", "none is needed; name it in missing where the study takes presence masks"),
     ("U408", _E, "fewer cases to train on than needed", "add labelled cases"),
     ("U409", _W, "no case to test on", "add labelled patients, or write splits in the table"),
     ("U410", _W, "no case to validate on", "add labelled patients, or write splits in the table"),

@@ -63,6 +63,7 @@ def run_check(
     if study is not None:
         try:
             config.annotates(study.task)
+            config.lacks(study.task)
         except ConfigError as error:
             noted.append(("U003", Detail(None, str(error))))
             fits = None

@@ -73,7 +73,8 @@ def find_absent(
     rename = config.modality_map
     named = {rename.get(m, m) for look in looks for m in look.case.modality}
     if named:
-        absent = [name for name in study.task.intensity if name not in named]
+        known = named | config.lacks(study.task)
+        absent = [name for name in study.task.intensity if name not in known]
         noted += [("U407", Detail(None, name)) for name in absent]
     return noted
 

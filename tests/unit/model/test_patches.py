@@ -26,6 +26,7 @@ class Volume:
     label: np.ndarray | None
     foreground: np.ndarray
     spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    present: tuple[bool, ...] = (True,)
 
 
 def _index(label: np.ndarray) -> np.ndarray:

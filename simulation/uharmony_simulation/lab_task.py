@@ -1,0 +1,286 @@
+"""One task of a heterogeneity study: an arm with one seed (and fold) in one cell, as one record.
+
+The record is a JSON file that holds everything the tables need, so a study goes on from records
+alone: what has one is not trained again, on whatever machine it was made.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import resource
+import shutil
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from uharmony_client.evaluate import CaseRow, evaluate_split
+from uharmony_client.flower_app import OnStep
+from uharmony_client.personal import local_parameters, model_state
+from uharmony_client.site import Site
+from uharmony_client.workbench import carried_after
+from uharmony_model.atomic import write_atomic
+from uharmony_model.errors import StoreError
+from uharmony_model.exchange.partition import Partition
+from uharmony_model.exchange.schema import unflatten
+from uharmony_model.initial import initial_weights
+from uharmony_model.methods import EVERYTHING, RESIDUALS, Part
+from uharmony_model.networks import build_network
+from uharmony_model.participation import Participation
+from uharmony_model.randomness import numpy_generator
+from uharmony_model.schedule import finale_round
+from uharmony_model.study import Study
+from uharmony_server.checkpoint import read_latest
+from uharmony_simulation.arms import Arm, Machine, SiteOpener, run_arm
+from uharmony_simulation.config import Simulation
+from uharmony_simulation.lab_config import REFERENCE, Cell, LabArm
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained: `study` is that of the arm, `simulation` that of the cell."""
+
+    cell: Cell
+    arm: LabArm
+    seed: int
+    fold: int | None
+    study: Study
+    simulation: Simulation
+
+    @property
+    def name(self) -> str:
+        """The record's path without its suffix, below the folder of records."""
+        fold = "" if self.fold is None else f"_fold-{self.fold}"
+        return f"{self.cell.name}/{self.arm.name}_seed-{self.seed}{fold}"
+
+    @property
+    def key(self) -> str:
+        """SHA-256 of everything that decides the result but the data and the code."""
+        text = f"{self.study.canonical_json()}\n{self.simulation.model_dump_json()}"
+        return hashlib.sha256(f"{text}\n{self.cell.dropout}".encode()).hexdigest()
+
+
+def read_record(records: Path, task: Task) -> dict[str, Any] | None:
+    """The record of a task that is done, or None.
+
+    Raises:
+        StoreError: there is one of another study under its name.
+    """
+    path = records / f"{task.name}.json"
+    if not path.is_file():
+        return None
+    try:
+        record: dict[str, Any] = json.loads(path.read_bytes())
+    except ValueError:
+        raise StoreError(f"{path}: not readable; remove it to train this task again") from None
+    if record.get("key") != task.key:
+        raise StoreError(
+            f"{path}: made by another version of this study; a changed study is a new study: "
+            "give another --records folder, or remove the file to train this task again"
+        )
+    return record
+
+
+def run_task(
+    task: Task,
+    cell_folder: Path,
+    records: Path,
+    machine: Machine,
+    sites: Sequence[str],
+    *,
+    swap: bool,
+    on_step: OnStep | None = None,
+) -> dict[str, Any]:
+    """Train, measure and write the record; an interrupted task goes on where it stood."""
+    arm = Arm.of(task.study, task.arm.method, task.seed, sites)
+    folder = cell_folder / "arms" / task.name.partition("/")[2]
+    where = cell_folder / "sites"
+    if not (folder / "done.json").is_file():
+        run_arm(
+            arm,
+            where,
+            folder,
+            machine,
+            on_step=on_step,
+            figures=False,
+            participation=attendance(task, sites) if task.cell.dropout else None,
+        )
+    done = json.loads((folder / "done.json").read_bytes())
+    opener = SiteOpener(arm, where, machine)
+    opened = [opener.named(name) for name in arm.sites]
+    schema, _ = initial_weights(arm.study)
+    state = read_latest(folder / "server", arm.study.digest, schema)
+    record = {
+        "format": FORMAT,
+        "key": task.key,
+        "cell": task.cell.name,
+        "arm": task.arm.name,
+        "method": task.arm.method,
+        "seed": task.seed,
+        "fold": task.fold,
+        "weights": done["weights"],
+        "threads": done["threads"],
+        "seconds": done["seconds"],
+        "seconds_per_round": done["seconds_per_round"],
+        "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "rounds": arm.study.training.rounds,
+        "bytes_up": round(statistics.fmean(done["bytes_up"])) if done["bytes_up"] else 0,
+        "bytes_down": 4 * schema.numel * len(arm.sites),
+        "shared_parameters": schema.numel,
+        "local_parameters": _local_count(opened[0], arm.study),
+        "refusals": [f"{r['site']}: {r['reason']}: {r['detail']}" for r in done["refusals"]],
+        "kept": {
+            r["site"]: r["kept"] for r in done["records"] if r.get("kept") and r["split"] == "test"
+        },
+        "cases": [row for site in opened for row in _rows(site, arm.study)],
+        "matrix": {},
+        "swaps": [],
+    }
+    if swap and state is not None and not arm.study.plan.pooled:
+        shared = unflatten(state.global_, schema)
+        record["matrix"], record["swaps"] = _swapped(arm.study, opened, shared, state.round)
+    path = records / f"{task.name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, json.dumps(record).encode(), mode=0o644)
+    _clear(folder, opened, keep=task.arm.method == REFERENCE)
+    return record
+
+
+def attendance(task: Task, sites: Sequence[str]) -> Participation:
+    """Who trains in which round: each site misses each with probability `dropout`, never all."""
+    found = Participation()
+    for round_ in range(1, task.study.training.rounds + 1):
+        draw = numpy_generator(task.seed, task.cell.name, "attendance", round_)
+        missing = draw.random(len(sites)) < task.cell.dropout
+        there = [site for site, misses in zip(sites, missing, strict=True) if not misses]
+        there = there or [sites[int(draw.integers(len(sites)))]]
+        found = found.with_round(round_, there)
+    return found
+
+
+def _rows(site: Site, study: Study) -> list[dict[str, Any]]:
+    """A site's test cases after the last round and after the finale: mean Dice over classes."""
+    rows = []
+    rounds = [(study.training.rounds, False)]
+    if study.finale.steps:
+        rounds.append((finale_round(study), True))
+    for round_, at_home in rounds:
+        path = site.evaluations / f"test-round-{round_:06d}.csv"
+        rows += [{"at_home": at_home, **row} for row in _mean_over_classes(path)]
+    return rows
+
+
+def _mean_over_classes(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    cases: dict[tuple[str, str, str], list[float]] = {}
+    with path.open(newline="") as lines:
+        for row in csv.DictReader(lines):
+            if row["dice"]:
+                key = (row["site"], row["patient"], row["case"])
+                cases.setdefault(key, []).append(float(row["dice"]))
+    return [
+        {"site": site, "patient": patient, "case": case, "dice": round(statistics.fmean(v), 6)}
+        for (site, patient, case), v in cases.items()
+    ]
+
+
+def _local_count(site: Site, study: Study) -> int:
+    """Numbers that stay at a site, in its first domain."""
+    carried = local_parameters(carried_after(site, study.training.rounds))
+    first = site.domains[0]
+    return sum(t.numel() for k, t in carried.items() if "@" not in k or k.endswith(f"@{first}"))
+
+
+Dice = dict[str, float]  # by case, over classes
+ALL_LOCAL = "all that is local"
+
+
+def _swapped(
+    study: Study, opened: Sequence[Site], shared: dict[str, torch.Tensor], round_: int
+) -> tuple[dict[str, dict[str, float | None]], list[dict[str, Any]]]:
+    """Test Dice of every site's model at every site, and of each site with a neighbour's part.
+
+    Where a foreign part costs nothing, it carries no knowledge of the domain.
+    """
+    if any(len(site.domains) != 1 for site in opened) or study.plan.local == EVERYTHING:
+        return {}, []
+    carried = {site.name: carried_after(site, round_) for site in opened}
+    matrix: dict[str, dict[str, float | None]] = {site.name: {} for site in opened}
+    swaps: list[dict[str, Any]] = []
+    for index, site in enumerate(opened):
+        network = build_network(study, site.domains, seed=study.seed).to(site.device)
+        partition = Partition.of(network, study.plan.local)
+        own = carried[site.name]
+        measured: dict[str, Dice] = {}
+        for other in opened:
+            foreign = _renamed(carried[other.name], other, site)
+            network.load_state_dict(model_state(network, partition, shared, foreign))
+            measured[other.name] = _dice(network, site)
+            matrix[other.name][site.name] = _mean(measured[other.name])
+        neighbour = opened[(index + 1) % len(opened)]
+        if partition.local_keys:
+            swaps += _pairs(site, ALL_LOCAL, measured[site.name], measured[neighbour.name])
+        foreign = _renamed(carried[neighbour.name], neighbour, site)
+        for part in _parts(study):
+            keys = {k for k, p in partition.parts.items() if p is part}
+            mixed = {k: foreign[k] if k.partition("@")[0] in keys else v for k, v in own.items()}
+            network.load_state_dict(model_state(network, partition, shared, mixed))
+            swaps += _pairs(site, part.value, measured[site.name], _dice(network, site))
+    return matrix, swaps
+
+
+def _pairs(site: Site, part: str, own: Dice, swapped: Dice) -> list[dict[str, Any]]:
+    patients = {case.case: case.patient for case in site.split("test")}
+    return [
+        {
+            "site": site.name,
+            "part": part,
+            "case": case,
+            "patient": patients[case],
+            "own": own[case],
+            "swapped": swapped[case],
+        }
+        for case in own
+        if case in swapped
+    ]
+
+
+def _parts(study: Study) -> list[Part]:
+    return [part for part in Part if part in RESIDUALS & study.parts and part in study.plan.local]
+
+
+def _renamed(carried: dict[str, torch.Tensor], other: Site, site: Site) -> dict[str, torch.Tensor]:
+    theirs, ours = f"@{other.domains[0]}", f"@{site.domains[0]}"
+    return {
+        k.removesuffix(theirs) + ours if k.endswith(theirs) else k: v for k, v in carried.items()
+    }
+
+
+def _dice(network: torch.nn.Module, site: Site) -> Dice:
+    rows: list[CaseRow] = evaluate_split(network, site, "test", round_=0, slow=False)
+    cases: dict[str, list[float]] = {}
+    for row in rows:
+        if row.dice is not None:
+            cases.setdefault(row.case, []).append(row.dice)
+    return {case: round(statistics.fmean(values), 6) for case, values in cases.items()}
+
+
+def _mean(dice: Dice) -> float | None:
+    return round(statistics.fmean(dice.values()), 6) if dice else None
+
+
+def _clear(folder: Path, opened: Sequence[Site], *, keep: bool) -> None:
+    """Remove what only an unfinished task needs; the reference's models are chosen from later."""
+    shutil.rmtree(folder / "server", ignore_errors=True)
+    if keep:
+        return
+    for site in opened:
+        shutil.rmtree(site.store.folder, ignore_errors=True)

@@ -1,0 +1,171 @@
+"""A study's file: which cells and tasks it declares, and what it refuses."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.support.tiny import study_content, tiny_study
+from uharmony_model.errors import ConfigError
+from uharmony_simulation.config import FolderSource, Simulation
+from uharmony_simulation.lab import affordable, plan
+from uharmony_simulation.lab_config import (
+    Cell,
+    Grid,
+    Lab,
+    changed_study,
+    conditions,
+    load_lab,
+)
+
+RANDOM = Simulation.model_validate(
+    {"source": {"kind": "folder", "sites_from": "random", "random_sites": 4}}
+)
+
+
+def lab(**changes) -> Lab:
+    return Lab.model_validate({"name": "lab", "study": "s.yaml", "arms": ["fedavg"], **changes})
+
+
+def test_every_combination_of_the_grid_is_a_cell_once():
+    grid = Grid(shift=("noise", "none"), strength=(1.0, 2.0), sites=(2, 3))
+    names = [cell.name for cell in grid.cells()]
+    assert names == [
+        *("noise-1_sites-2", "noise-1_sites-3", "noise-2_sites-2", "noise-2_sites-3"),
+        *("none_sites-2", "none_sites-3"),  # without a shift its strength says nothing
+    ]
+    assert grid.cells()[0].title == "noise 1, sites 2"
+
+
+def test_a_plan_has_every_arm_seed_and_fold_of_every_cell_and_the_reference_first():
+    declared = lab(
+        arms=["uharmony", "local"],
+        seeds=[3, 5],
+        folds=2,
+        grid={"strength": [1, 2], "shift": ["bias"]},
+    )
+    groups = plan(declared, tiny_study(), RANDOM)
+    assert [[task.arm.name for task in group] for group in groups] == [["local", "uharmony"]] * 8
+    found = {(t.cell.name, t.seed, t.fold, t.arm.name) for group in groups for t in group}
+    assert len(found) == 16
+    assert len({task.key for group in groups for task in group}) == 16
+    for group in groups:
+        assert len({(t.cell.name, t.seed, t.fold) for t in group}) == 1
+
+
+def test_a_key_changes_with_whatever_decides_the_result():
+    def key(study=None, **changes) -> str:
+        return plan(lab(**changes), study or tiny_study(), RANDOM)[0][0].key
+
+    keys = [
+        key(),
+        key(seeds=[1]),
+        key(folds=2),
+        key(arms=["fedprox"]),
+        key(grid={"dropout": [0.5]}),
+        key(grid={"shift": ["noise"]}),
+        key(tiny_study(training={"rounds": 4})),
+        key(arms=[{"name": "fedavg", "method": "fedavg", "set": {"training.batch_size": 3}}]),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert key() == keys[0]
+
+
+def test_an_arm_sets_keys_of_the_study_by_their_path():
+    arm = lab(
+        arms=[
+            {
+                "name": "affine",
+                "method": "uharmony",
+                "set": {"network.harmonization.stage2": "affine", "training.rounds": 7},
+            }
+        ]
+    ).arms[0]
+    study = changed_study(tiny_study(), arm, seed=4, folds=5, fold=3)
+    assert study.network.harmonization.stage2 == "affine"
+    assert (study.training.rounds, study.seed, study.method) == (7, 4, "uharmony")
+    assert (study.evaluation.folds, study.evaluation.fold) == (5, 3)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("network.colour", 1), ("nothing", 1), ("training.rounds", 0)]
+)
+def test_an_arm_that_sets_what_a_study_does_not_have_is_refused(key, value):
+    arm = lab(arms=[{"name": "odd", "method": "fedavg", "set": {key: value}}]).arms[0]
+    with pytest.raises(ConfigError, match="arm odd"):
+        changed_study(tiny_study(), arm, seed=0, folds=None, fold=None)
+
+
+def test_a_shift_leaves_the_first_site_as_it_is_and_inverts_the_last():
+    there = conditions(RANDOM, tiny_study(), Cell(shift="mixed-invert", strength=1.5))
+    assert isinstance(there.source, FolderSource)
+    scanners = there.source.scanners
+    assert sorted(scanners) == ["site-2", "site-3", "site-4"]
+    assert [scanners[name].invert for name in sorted(scanners)] == [False, False, True]
+    assert all(s.strength == 1.5 and len(s.effects) == 4 for s in scanners.values())
+
+
+@pytest.mark.parametrize("kind", ["contrast", "bias", "resolution", "noise"])
+def test_a_single_shift_has_one_effect(kind):
+    there = conditions(RANDOM, tiny_study(), Cell(shift=kind))
+    assert isinstance(there.source, FolderSource)
+    assert {s.effects for s in there.source.scanners.values()} == {(kind,)}
+
+
+def test_imbalance_is_the_ratio_of_the_largest_site_to_the_smallest():
+    there = conditions(RANDOM, tiny_study(), Cell(sites=3, cases=40, imbalance=4))
+    assert isinstance(there.source, FolderSource)
+    assert there.source.cases_per_site == {
+        "site-1": 40,
+        "site-2": round(40 / math.sqrt(4)),
+        "site-3": 10,
+    }
+    assert there.source.random_sites == 3
+
+
+def test_conditions_that_the_data_decide_are_not_changed():
+    modalities = Simulation.model_validate({"source": {"kind": "folder", "sites_from": "modality"}})
+    assert conditions(modalities, tiny_study(), Cell(dropout=0.3)) == modalities
+    with pytest.raises(ConfigError, match="sites_from: random"):
+        conditions(modalities, tiny_study(), Cell(shift="noise"))
+
+
+def test_processes_fit_into_the_budget_and_one_always_runs():
+    assert affordable(8, 700, None) == 8
+    assert affordable(8, 700, 2100) == 3
+    assert affordable(2, 700, 2100) == 2
+    assert affordable(8, 700, 100) == 1
+
+
+def test_a_file_is_read_with_the_study_beside_it(tmp_path: Path):
+    content = study_content() | {"simulation": RANDOM.model_dump(mode="json")}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    path = tmp_path / "lab.yaml"
+    path.write_text("name: lab\nstudy: base.yaml\narms: [fedavg, local]\n")
+    declared, study, simulation = load_lab(path)
+    assert [arm.name for arm in declared.arms] == ["local", "fedavg"]
+    assert study == tiny_study()
+    assert simulation == RANDOM
+    for wrong, message in (
+        ("arms: [fedavg, fedavg]", "one name"),
+        ("arms: [unheard]", "unknown method"),
+        ("arms: []", "at least 1"),
+        ("arms: [fedavg]\ngrid: {colour: [1]}", "colour"),
+        ("arms: [fedavg]\ngrid: {strength: [99]}", "strength"),
+    ):
+        path.write_text(f"name: lab\nstudy: base.yaml\n{wrong}\n")
+        with pytest.raises(ConfigError, match=message):
+            load_lab(path)
+
+
+@pytest.mark.parametrize(
+    "path", sorted(Path("examples/studies").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_the_studies_of_this_project_are_readable(path):
+    content = yaml.safe_load(path.read_text())
+    if "arms" in content:
+        declared, study, simulation = load_lab(path)
+        assert plan(declared, study, simulation)

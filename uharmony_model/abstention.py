@@ -1,0 +1,96 @@
+"""When a volume is too far from every domain to be segmented without a word (U4).
+
+    limit = (1 + margin) * max_i d_i        d_i: patient i to the nearest prototype, left out itself
+
+Leaving a patient out matters: a prototype lies nearer to the patients that it is the mean of. Ours.
+The limit is one patient's distance; it is computed from patients without privacy noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from uharmony_model.errors import ConfigError
+from uharmony_model.gate import Gate
+
+MARGIN = 0.1
+"""How far beyond the farthest patient of the federation a volume may lie, as a share of it."""
+
+
+@dataclass(frozen=True)
+class Abstention:
+    """The limit, and how often it would have been wrong inside the federation.
+
+    `false_abstentions` counts the patients, of `patients`, that lie beyond the limit of all the
+    others. With a limit at the maximum only the farthest one can, so the count is 0 or 1.
+    """
+
+    limit: float
+    margin: float
+    patients: int
+    false_abstentions: int
+
+    @classmethod
+    def of(cls, distances: ArrayLike, *, margin: float = MARGIN) -> Abstention:
+        """The limit from left-out distances (n,), as `left_out_distances` gives them.
+
+        Raises:
+            ConfigError: fewer than two distances, one that is not finite, or a negative margin.
+        """
+        d = np.asarray(distances, np.float64).reshape(-1)
+        if len(d) < 2 or not np.isfinite(d).all():
+            raise ConfigError(
+                f"{len(d)} distances; expected two or more finite ones, or nothing can be left out"
+            )
+        if not margin >= 0:
+            raise ConfigError(f"the abstention's margin is {margin}; expected 0 or more")
+        # The maximum of the others is the second largest for the farthest patient alone.
+        second, first = np.partition(d, -2)[-2:]
+        return cls(
+            limit=float((1 + margin) * first),
+            margin=margin,
+            patients=len(d),
+            false_abstentions=int(first > (1 + margin) * second),
+        )
+
+    @property
+    def false_rate(self) -> float:
+        """Share of the federation's patients that would be refused, each left out once."""
+        return self.false_abstentions / self.patients
+
+    def abstains(self, distance: float) -> bool:
+        """Whether a volume this far from its nearest prototype is refused."""
+        return not distance <= self.limit  # also when it is not a number
+
+
+def left_out_distances(gate: Gate, rows: Mapping[str, ArrayLike]) -> NDArray[np.float64]:
+    """Distance of each patient (one row of `rows[domain] (n, d)`) to the nearest prototype.
+
+    The prototype of the patient's own domain is that of the domain's other patients; those of
+    other domains, and the common scale, stay as the gate has them.
+
+    Raises:
+        ConfigError: a domain is none of the gate's, or has fewer than two patients.
+        DataError: rows do not fit the gate.
+    """
+    found = [np.zeros(0)]
+    for domain, given in rows.items():
+        values = np.asarray(given, np.float64)
+        if domain not in gate.domains or values.ndim != 2 or len(values) < 2:
+            raise ConfigError(
+                f"domain {domain:.80}: rows {values.shape}, the gate has "
+                f"{', '.join(gate.domains):.200}; expected two patients or more of one of these"
+            )
+        distances = gate.distances(values)
+        # Without patient i the mean moves by (u_i - mean) / (n - 1) away from it; so does a
+        # released prototype, whose noise stays.
+        index = gate.domains.index(domain)
+        moved = (values - values.mean(0)) / (len(values) - 1)
+        own = (values - gate.means[index] + moved) / gate.scale
+        distances[:, index] = np.linalg.norm(own, axis=1)
+        found.append(distances.min(1))
+    return np.concatenate(found)
