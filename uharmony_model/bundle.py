@@ -4,6 +4,7 @@
           shared.safetensors          tensors by state-dict key
           sites/<site>.safetensors    local tensors by key, or by KEY@DOMAIN
           sites/<site>.json           {"domains": [...], "modalities": [...]}
+          experts/  prototypes.json   what sites published, where they did (`publication`)
 
 A coordinator hands out the folder without entries in `sites/`; a hospital keeps one with its own
 entry only. Other files in the folder are for readers and do not count in its digest.

@@ -9,7 +9,8 @@
     |- StoreError            5   a checkpoint, a generation, a preprocessed volume
     |- QuorumError           6   too few sites or cases answered
     |- NetworkError          7   a backbone that cannot be built or harmonised
-    `- TrainingError         8   a round that cannot be trained
+    |- TrainingError         8   a round that cannot be trained
+    `- AbstainedError        9   predict --strict: a volume unlike all that was learned from
 
 130 is an interruption by the user; `check` ends with 10 for warnings and 11 for errors. A message
 says what is wrong, what was got, what was expected and what to do; it stands on one line.

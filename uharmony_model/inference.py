@@ -106,9 +106,7 @@ def evaluating(network: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _rows(
-    domain: int | Tensor | None, count: int, device: torch.device | str
-) -> Tensor | None:
+def _rows(domain: int | Tensor | None, count: int, device: torch.device | str) -> Tensor | None:
     """The domain of each of `count` windows: indices (B,), or rows of weights (B, K)."""
     if domain is None:
         return None

@@ -51,7 +51,6 @@ _MAX_TENSOR_BYTES = 256 << 20  # residuals of one site; those of a large network
 _MAX_SITES = 1024
 
 Content = TypeVar("Content", bound=Frozen)
-_NAME: TypeAdapter[str] = TypeAdapter(Name)
 _NAMES: TypeAdapter[tuple[str, ...]] = TypeAdapter(tuple[Name, ...])
 
 
@@ -116,11 +115,11 @@ class Prototypes(Frozen):
         if len(set(names)) != len(names):
             raise ValueError("two prototypes have one name")
         numbers = min(self.frame.coordinates, self.frame.dimension)
-        for prototype in self.prototypes:
-            if len(prototype.mean) != numbers:
-                raise ValueError(f"a prototype of {len(prototype.mean)} numbers, not {numbers}")
-            if prototype.epsilon is None or prototype.patients < MIN_PATIENTS:
-                raise ValueError(f"prototype {prototype.domain} was not released with privacy")
+        for made in self.prototypes:
+            if len(made.mean) != numbers:
+                raise ValueError(f"a prototype of {len(made.mean)} numbers, not {numbers}")
+            if made.epsilon is None or made.patients < MIN_PATIENTS:
+                raise ValueError(f"prototype {made.domain} was not released with privacy")
         return self
 
 
@@ -131,11 +130,6 @@ class _ExpertEntry(Frozen):
         dict[Name, Annotated[int, Field(ge=MIN_PATIENTS)]], Field(min_length=1, max_length=4096)
     ]
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-
-class _Sealed(Frozen):
-    sha256: str
-    content: dict[str, object]
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,8 +169,7 @@ class Publication:
             _NAMES.validate_python(names)
         except ValidationError:
             raise ConfigError(
-                f"experts {', '.join(names):.300}: SITE.DOMAIN is no name of at most 64 letters, "
-                "digits, '.', '_' and '-'; shorten the site's or the domain's"
+                f"experts {', '.join(names):.300}: expected at most 64 letters each; shorten one"
             ) from None
         if len(set(names)) != len(names):
             raise ConfigError(f"experts {', '.join(names):.300}: two have one name; rename a site")
@@ -226,13 +219,11 @@ def read_publication(folder: Path) -> Publication | None:
         StoreError: a file is damaged, too large, or not what was written.
     """
     digest = hashlib.sha256()
-    entries = sorted((folder / EXPERTS).glob("*.json"))
+    entries, place = sorted((folder / EXPERTS).glob("*.json")), folder / PROTOTYPES
     if len(entries) > _MAX_SITES:
         raise StoreError(f"{folder / EXPERTS}: {len(entries)} sites, at most {_MAX_SITES}")
     experts = {path.stem: _read_experts(path, digest) for path in entries}
-    prototypes = None
-    if (folder / PROTOTYPES).exists():
-        prototypes = _read_sealed(Prototypes, folder / PROTOTYPES, digest)
+    prototypes = _read_sealed(Prototypes, place, digest) if place.exists() else None
     if not experts and prototypes is None:
         return None
     return Publication(experts, prototypes, digest.hexdigest())
@@ -240,7 +231,7 @@ def read_publication(folder: Path) -> Publication | None:
 
 def _read_experts(path: Path, digest: hashlib._Hash) -> SiteExperts:
     try:
-        _NAME.validate_python(path.stem)
+        _NAMES.validate_python((path.stem,))
     except ValidationError:
         raise StoreError(f"{path}: {path.stem!r:.80} is no site's name; take it away") from None
     entry = _read_sealed(_ExpertEntry, path, digest)
@@ -251,9 +242,7 @@ def _read_experts(path: Path, digest: hashlib._Hash) -> SiteExperts:
     try:
         tensors = safetensors.torch.load(content)
     except (SafetensorError, ValueError) as error:
-        raise StoreError(
-            f"{place}: not readable ({type(error).__name__}); copy the model again"
-        ) from None
+        raise _unreadable(place, error) from None
     try:
         _require_same_domains(path.stem, tensors, entry.patients)
     except ConfigError as error:
@@ -278,16 +267,16 @@ def _sealed(content: Frozen) -> bytes:
 def _read_sealed(kind: type[Content], path: Path, digest: hashlib._Hash) -> Content:
     raw = _read_bytes(path, _MAX_JSON_BYTES, digest)
     try:
-        sealed = parse(_Sealed, json.loads(raw), str(path))
-        if _digest_of(sealed.content) != sealed.sha256:
+        sealed = json.loads(raw)
+        if not isinstance(sealed, dict) or sealed.keys() != {"sha256", "content"}:
+            raise StoreError(f"{path}: expected sha256 and content; copy the model again")
+        if _digest_of(sealed["content"]) != sealed["sha256"]:
             raise StoreError(f"{path}: not what was written; copy the model again")
-        return parse(kind, sealed.content, str(path))
+        return parse(kind, sealed["content"], str(path))
     except ConfigError as error:
         raise StoreError(str(error)) from None
     except (ValueError, RecursionError) as error:
-        raise StoreError(
-            f"{path}: not readable ({type(error).__name__}); copy the model again"
-        ) from None
+        raise _unreadable(path, error) from None
 
 
 def _read_bytes(path: Path, at_most: int, digest: hashlib._Hash) -> bytes:
@@ -295,13 +284,15 @@ def _read_bytes(path: Path, at_most: int, digest: hashlib._Hash) -> bytes:
         with path.open("rb") as file:
             content = file.read(at_most + 1)
     except OSError as error:
-        raise StoreError(
-            f"{path}: not readable ({type(error).__name__}); copy the model again"
-        ) from None
+        raise _unreadable(path, error) from None
     if len(content) > at_most:
         raise StoreError(f"{path}: larger than {at_most} bytes; copy the model again")
     digest.update(hashlib.sha256(content).digest())
     return content
+
+
+def _unreadable(path: Path, error: Exception) -> StoreError:
+    return StoreError(f"{path}: not readable ({type(error).__name__}); copy the model again")
 
 
 def _digest_of(content: object) -> str:

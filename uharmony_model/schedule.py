@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from uharmony_model.study import Split, Study
+from uharmony_model.study import Publishable, Split, Study
 
 
 def splits_due(study: Study, round_: int) -> tuple[Split, ...]:
@@ -20,3 +20,15 @@ def splits_due(study: Study, round_: int) -> tuple[Split, ...]:
 def finale_round(study: Study) -> int:
     """The number under which the finale counts: that of the round after the last."""
     return study.training.rounds + 1
+
+
+def publication_round(study: Study) -> int:
+    """The number under which sites are asked to publish: that of the round after the finale."""
+    return finale_round(study) + 1
+
+
+def publication_due(study: Study) -> tuple[Publishable, ...]:
+    """What sites are asked to publish; nothing where no residuals are kept at the sites."""
+    plan = study.plan
+    keeps_residuals = plan.harmonized and bool(plan.local) and plan.serves_unseen
+    return study.publication.asked if keeps_residuals else ()

@@ -33,6 +33,8 @@ Metric = Literal["dice", "surface_dice", "hd95_mm", "lesion_recall", "fp_per_cas
 METRICS: tuple[Metric, ...] = get_args(Metric)
 Candidate = Literal["federated", "own", "whole", "between", "local"]
 CANDIDATES: tuple[Candidate, ...] = get_args(Candidate)
+Publishable = Literal["experts", "prototypes"]
+PUBLISHABLE: tuple[Publishable, ...] = get_args(Publishable)
 
 
 _RESIDUAL_PARTS: dict[Residual, Part] = {
@@ -229,7 +231,10 @@ class Finale(Frozen):
 
 
 class Federation(Frozen):
-    """When a round counts, how updates are weighed, and the server's own steps (fedadam)."""
+    """When a round counts, how updates are weighed, and the server's own steps.
+
+    `server_rate` is fedadam's; `momentum` is carried by the server of all other methods.
+    """
 
     weighting: Literal["cases", "equal"] = "cases"
     min_sites: PositiveInt = 1
@@ -237,6 +242,7 @@ class Federation(Frozen):
     norm_bound: PositiveFloat = 20.0
     max_cases: PositiveInt = 100_000
     server_rate: PositiveFloat = 0.01
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
 class Codec(Frozen):
@@ -284,6 +290,47 @@ class Evaluation(Frozen):
         return self.test if self.folds is None else 1 / self.folds
 
 
+class Publication(Frozen):
+    """What sites are asked to publish, once, at the end; a site does so only if it opts in too.
+
+    `experts` are the residuals of each domain, `prototypes` its mean descriptor, made
+    (epsilon, delta)-private by noise. Neither is made of fewer than `min_patients` training
+    patients of a domain. A prototype has so many `coordinates`, in a frame of which `center` and
+    `scale` are one number, or one for each number of a descriptor (see
+    `uharmony_model.prototypes`). They come from public or phantom volumes: taken from patients,
+    they would tell of them without any noise.
+    """
+
+    experts: bool = False
+    prototypes: bool = False
+    epsilon: Annotated[float, Field(gt=0, le=1)] = 1.0
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    min_patients: Annotated[int, Field(ge=10)] = 10
+    coordinates: Annotated[int, Field(ge=1, le=16)] = 8
+    center: Annotated[tuple[float, ...], Field(min_length=1, max_length=4096)] | None = None
+    scale: Annotated[tuple[PositiveFloat, ...], Field(min_length=1, max_length=4096)] | None = None
+
+    @model_validator(mode="after")
+    def _releasable(self) -> Publication:
+        if self.prototypes and (self.center is None or self.scale is None):
+            raise ValueError(
+                "prototypes need center and scale of the descriptors, from public or phantom "
+                "volumes; taken from patients they would tell of them"
+            )
+        if self.delta * self.min_patients >= 1:
+            raise ValueError(f"delta must be below one in min_patients, 1/{self.min_patients}")
+        return self
+
+    @property
+    def asked(self) -> tuple[Publishable, ...]:
+        """What is asked for."""
+        wanted: dict[Publishable, bool] = {
+            "experts": self.experts,
+            "prototypes": self.prototypes,
+        }
+        return tuple(name for name, asked in wanted.items() if asked)
+
+
 class Study(Frozen):
     """Everything a site consents to. Its digest is what it stores when it approves."""
 
@@ -298,6 +345,7 @@ class Study(Frozen):
     federation: Federation = Federation()
     codec: Codec = Codec()
     evaluation: Evaluation = Evaluation()
+    publication: Publication = Publication()
 
     @field_validator("method")
     @classmethod
@@ -324,8 +372,19 @@ class Study(Frozen):
         return METHODS[self.method]
 
     def with_method(self, name: str) -> Study:
-        """The same study under another method."""
-        return Study.model_validate({**self.model_dump(), "method": name})
+        """The same study under another method.
+
+        What a site trains alone depends on no setting of the layer or of the exchange, so these
+        go back to their defaults: variants of a study then share one local-only model.
+        """
+        content = {**self.model_dump(), "method": name}
+        if METHODS.get(name) == METHODS["local"]:
+            plain = {"proximal": Training().proximal, "head_share": Training().head_share}
+            content["network"] = {**content["network"], "harmonization": Harmonization()}
+            content["training"] = {**content["training"], **plain}
+            own = {"server_rate": Federation().server_rate, "momentum": 0.0}
+            content["federation"] = {**content["federation"], **own}
+        return Study.model_validate(content)
 
     @property
     def harmonization(self) -> Harmonization:
@@ -357,9 +416,12 @@ class Study(Frozen):
     def canonical_json(self) -> str:
         """Keys in their declared order, no spaces: equal studies give equal text.
 
-        Sorting would hide the order of the classes, which is the order of the outputs.
+        Sorting would hide the order of the classes, which is the order of the outputs. A study
+        that asks for no publication says nothing of it, as before there was any.
         """
-        return json.dumps(self.model_dump(mode="json"), separators=(",", ":"))
+        silent = {"publication"} if self.publication == Publication() else None
+        content = self.model_dump(mode="json", exclude=silent)
+        return json.dumps(content, separators=(",", ":"))
 
     @property
     def digest(self) -> str:

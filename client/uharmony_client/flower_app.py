@@ -1,7 +1,8 @@
 """The site's file that speaks Flower: instructions in, one payload out.
 
-Five questions are answered: `hello` (who are you, what did you agree to), `train` (one round),
-`evaluate`, `finale` (the site's own last steps), and `finish`. The server sends data, never code.
+Six questions are answered: `hello` (who are you, what did you agree to), `train` (one round),
+`evaluate`, `finale` (the site's own last steps), `publish` (what the site gives away, if it does),
+and `finish`. The server sends data, never code.
 What a site cannot do it says with a reason, in an answer of its own kind; the federation goes on
 without it. A full disk or memory is no answer: the process ends, is started again, and is asked
 again.
@@ -23,6 +24,7 @@ from uharmony_client.alone import alone_candidate
 from uharmony_client.evaluate import summarise
 from uharmony_client.ledger import Ledger
 from uharmony_client.outgoing import Outgoing
+from uharmony_client.publish import publish
 from uharmony_client.site import Site
 from uharmony_client.site_models import keep_federated_model, keep_personal_model
 from uharmony_client.site_round import (
@@ -37,7 +39,12 @@ from uharmony_client.workbench import Workbench
 from uharmony_model.errors import ExchangeError, StoreError, TrainingError
 from uharmony_model.exchange.hello import Hello
 from uharmony_model.exchange.instruction import Instruction, Receipt
-from uharmony_model.schedule import splits_due
+from uharmony_model.schedule import (
+    finale_round,
+    publication_due,
+    publication_round,
+    splits_due,
+)
 from uharmony_model.study import Study
 
 log = logging.getLogger(__name__)
@@ -101,6 +108,10 @@ def make_client_app(
     def finale(message: Message, context: Context) -> Message:
         return _answer(desk, message, context, "finale", _finale)
 
+    @app.train("publish")
+    def published(message: Message, context: Context) -> Message:
+        return _answer(desk, message, context, "publish", _publish)
+
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
         return _answer(desk, message, context, "evaluate", _evaluate)
@@ -162,6 +173,22 @@ def _finale(
     return _carried(out.payload(metrics, None))
 
 
+def _publish(
+    desk: _Desk, site: Site, out: Outgoing, order: Instruction, message: Message
+) -> RecordDict:
+    """What the site publishes, one payload of a kind, and by codes why it does or does not."""
+    # From the weights that the finale starts from: those of the last round.
+    last = order.model_copy(update={"round": finale_round(site.study)})
+    answer = publish(site, _bench(desk, site, last, message))
+    content = RecordDict()
+    for release in answer.releases:
+        data = out.payload(release.data, release.schema)
+        content[release.what] = ArrayRecord({"payload": _array(data)})
+    text = out.text("publication", order.study, order.round, json.dumps(dict(answer.said)))
+    content["publication"] = ConfigRecord({"json": text})
+    return content
+
+
 def _bench(desk: _Desk, site: Site, order: Instruction, message: Message) -> Bench:
     network, partition = desk.bench.network(site.study, site.domains, site.device)
     weights = desk.bench.weights(_payload_of(message), order, partition)
@@ -203,6 +230,13 @@ def _refuse_what_was_not_approved(order: Instruction, study: Study) -> None:
             f"asked for a finale as round {order.round}; approved are {study.finale.steps} steps "
             f"at home, after round {rounds}"
         )
+    if order.action == "publish" and (
+        order.round != publication_round(study) or not publication_due(study)
+    ):
+        raise ExchangeError(
+            f"asked to publish as round {order.round}; approved is to publish "
+            f"{', '.join(publication_due(study)) or 'nothing'}, as round {publication_round(study)}"
+        )
     if order.action in ("train", "evaluate") and not 1 <= order.round <= rounds:
         raise ExchangeError(f"asked for round {order.round}, approved are rounds 1 to {rounds}")
     if order.action == "evaluate":
@@ -222,8 +256,11 @@ def _payload_of(message: Message) -> bytes:
 
 
 def _carried(data: bytes) -> RecordDict:
-    array = Array("uint8", (len(data),), "uharmony.payload", data)
-    return RecordDict({"payload": ArrayRecord({"payload": array})})
+    return RecordDict({"payload": ArrayRecord({"payload": _array(data)})})
+
+
+def _array(data: bytes) -> Array:
+    return Array("uint8", (len(data),), "uharmony.payload", data)
 
 
 Work = Callable[[_Desk, Site, Outgoing, Instruction, Message], RecordDict]

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from uharmony_client.home import Home
 from uharmony_client.joining import enrol, fetch_ca, fetch_study
-from uharmony_client.policy import require_allowed, shared_parts
+from uharmony_client.policy import publication_view, require_allowed, shared_parts
 from uharmony_model.errors import ConfigError, ExchangeError
 from uharmony_model.exchange.joining import JoinCode, Membership
 from uharmony_model.frozen import parse
@@ -83,6 +83,7 @@ def study_view(study: Study, home: Home) -> RenderableType:
         "network": f"{study.network.name} {list(study.network.features)}",
         "leaves": f"parts of the model: {', '.join(shared_parts(study))}; "
         f"values: {', '.join(study.asks)}",
+        "published": publication_view(policy, study),
         "stays": ", ".join(sorted(study.plan.local)) or "no part of the model",
         "small cells": f"numbers over fewer than {policy.min_cases} cases do not leave",
         "weighing": federation.weighting,

@@ -104,7 +104,9 @@ def _learners(network: nn.Module, study: Study) -> Callable[[int], Collection[st
         return lambda step: None
     last = {key for key, place in place_of(network).items() if place is Place.LAST_BLOCK}
     rest = {name for name, _ in network.named_parameters()} - last
-    alone = round(study.training.head_share * study.training.local_steps)
+    steps = study.training.local_steps
+    # Each gets a step, where there are two.
+    alone = min(max(round(study.training.head_share * steps), 1), max(steps - 1, 1))
     return lambda step: last if step < alone else rest
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from uharmony_client.ledger import Ledger, tensor_facts
@@ -15,12 +16,15 @@ from uharmony_client.policy import KEPT, Policy, allowed_values
 from uharmony_model.errors import ExchangeError
 from uharmony_model.exchange.payload import (
     Kind,
+    Manifest,
     Value,
     decode_body,
     max_payload_bytes,
     open_payload,
 )
+from uharmony_model.exchange.published import DELTA, EPSILON, KINDS, PROTOTYPE, patients_of
 from uharmony_model.exchange.schema import Schema
+from uharmony_model.prototypes import MAX_RELEASED, MIN_PATIENTS
 
 MAX_TEXT = 65536
 _ROUNDING = 1.01  # bf16 rounds each number by up to 1/256 of it, after the norm was clipped
@@ -34,7 +38,7 @@ class Outgoing:
         self.ledger, self.policy, self._to = ledger, policy, to
 
     def payload(self, data: bytes, schema: Schema | None) -> bytes:
-        """An update of this schema, or metrics (no schema), as it is sent.
+        """An update or a release of this schema, or metrics (no schema), as it is sent.
 
         Raises:
             ExchangeError: it is damaged, of another kind, or holds what the policy keeps here.
@@ -45,15 +49,19 @@ class Outgoing:
         if manifest.kind is Kind.UPDATE and schema is not None:
             flat = decode_body(manifest, opened.body, schema)
             self._check_norm(flat)
+            values = _checked(manifest.values, manifest.kind, self.policy)
+        elif manifest.kind in KINDS.values() and schema is not None:
+            flat = decode_body(manifest, opened.body, schema)
+            values = _checked_release(manifest, flat, schema, self.policy)
         elif manifest.kind is Kind.METRICS and schema is None:
             flat = decode_body(manifest, opened.body, None)
+            values = _checked(manifest.values, manifest.kind, self.policy)
         else:
             raise ExchangeError(
                 f"a payload of kind {manifest.kind.value} "
                 f"{'without' if schema is None else 'with'} tensors may not leave; "
-                "an update (with its schema) and metrics (without tensors) may"
+                "an update or a release (with its schema) and metrics (without tensors) may"
             )
-        values = _checked(manifest.values, manifest.kind, self.policy)
         if self.ledger is not None:
             self.ledger.append(
                 kind=manifest.kind.value,
@@ -109,3 +117,43 @@ def _checked(values: Mapping[str, Value], kind: Kind, policy: Policy) -> Mapping
         if ("/" in name or name == KEPT) != (kind is Kind.METRICS):
             raise ExchangeError(f"value {ascii(name)[:120]} may not leave with {kind.value}")
     return allowed_values(values, policy)
+
+
+def _checked_release(
+    manifest: Manifest, flat: Tensor, schema: Schema, policy: Policy
+) -> Mapping[str, Value]:
+    """What is published: allowed by name, of enough patients, of the domains it names alone.
+
+    Raises:
+        ExchangeError: the policy does not name it, or it is not what it says.
+    """
+    what = next(name for name, kind in KINDS.items() if kind is manifest.kind)
+    if what not in policy.publish:
+        raise ExchangeError(f"{what} may not leave: policy.publish does not name them")
+    noisy = manifest.kind is Kind.PROTOTYPE
+    patients = patients_of(manifest.values, also=(EPSILON, DELTA) if noisy else ())
+    least = max(MIN_PATIENTS, policy.min_cases)
+    if min(patients.values()) < least:
+        raise ExchangeError(
+            f"{what} of {min(patients.values())} patients may not leave, expected {least} or more"
+        )
+    keys = [spec.name.rpartition("@") for spec in schema.tensors]
+    if {domain for _, at, domain in keys if at} != set(patients) or not all(k[1] for k in keys):
+        raise ExchangeError(f"{what} may not leave: tensors of other domains than are counted")
+    if not bool(torch.isfinite(flat).all()):
+        raise ExchangeError(f"{what} may not leave: they hold NaN or infinite numbers")
+    if noisy:
+        epsilon, delta = manifest.values[EPSILON], manifest.values[DELTA]
+        covered = (
+            isinstance(epsilon, float)
+            and isinstance(delta, float)
+            and 0 < epsilon <= 1
+            and 0 < delta < 1 / max(patients.values())
+        )
+        sizes = [spec.numel for spec in schema.tensors]
+        if not covered or {k[0] for k in keys} != {PROTOTYPE} or max(sizes) > MAX_RELEASED:
+            raise ExchangeError(
+                f"prototypes of {max(sizes)} numbers, epsilon {epsilon!r:.40}, delta "
+                f"{delta!r:.40} may not leave; at most {MAX_RELEASED}, 1 and 1/patients may"
+            )
+    return manifest.values

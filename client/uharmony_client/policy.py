@@ -14,7 +14,8 @@ from pydantic import Field, PositiveFloat, field_validator
 from uharmony_model.errors import ConfigError, ExchangeError
 from uharmony_model.frozen import Frozen
 from uharmony_model.methods import Part
-from uharmony_model.study import CANDIDATES, METRICS, Metric, Study
+from uharmony_model.schedule import publication_due
+from uharmony_model.study import CANDIDATES, METRICS, Metric, Publishable, Study
 
 if TYPE_CHECKING:  # a command that only reads site.yaml need not load torch
     from torch import Tensor
@@ -28,7 +29,7 @@ STARTED_FROM, KEPT = "started_from", "kept"
 _WITH = {"dice": ("dice_low", "dice_high")}
 
 ValueName = Metric | Literal["cases", "loss"]
-# Phi and the residuals describe the site's own scanner; no policy lets them leave.
+# Phi and the residuals describe the site's own scanner; no policy lets them leave in an update.
 Shareable = Literal[Part.BACKBONE, Part.NORM_AFFINE, Part.NORM_STATISTICS, Part.POLYNOMIAL]
 SHAREABLE: tuple[Shareable, ...] = get_args(Shareable)
 
@@ -40,6 +41,9 @@ class Policy(Frozen):
     model that may leave, `metrics` the named values: metrics, `cases` (the number of training
     cases, as the weight of an update) and `loss`. A mean that leaves always brings the number of
     cases it is over. Counts below `min_cases` leave as `<11`; 1 switches that off.
+    `publish` names what may be published at the end, where a study asks for it: `experts` (the
+    residuals of each domain) and `prototypes` (its mean descriptor with noise). A site that names
+    nothing publishes nothing, and takes part all the same.
     `allow_rollback` lets the coordinator go back to a round that this site has passed.
     """
 
@@ -47,9 +51,10 @@ class Policy(Frozen):
     share: tuple[Shareable, ...] = SHAREABLE
     metrics: tuple[ValueName, ...] = (*METRICS, "cases", "loss")
     min_cases: Annotated[int, Field(ge=1, le=9999)] = 11
+    publish: tuple[Publishable, ...] = ()
     allow_rollback: bool = False
 
-    @field_validator("share", "metrics")
+    @field_validator("share", "metrics", "publish")
     @classmethod
     def _each_once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         if len(set(names)) != len(names):
@@ -74,6 +79,28 @@ def differences(policy: Policy, study: Study) -> list[str]:
             why = "federation.weighting: cases" if name == CASES else "the study"
             lines.append(f"{why} asks for the value {name}, policy.metrics does not allow it")
     return lines
+
+
+def publication_view(policy: Policy, study: Study) -> str:
+    """What would be published at the end: what the study asks for, and what this site allows."""
+    asked = publication_due(study)
+    if not asked:
+        return "nothing, the study does not ask for it"
+    said = []
+    for what in asked:
+        settings = study.publication
+        least = max(settings.min_patients, policy.min_cases)
+        how = (
+            f"with noise, epsilon {settings.epsilon:g}, delta {settings.delta:g}"
+            if what == "prototypes"
+            else "without any privacy claim"
+        )
+        said.append(
+            f"{what} of domains with {least} patients or more, {how}"
+            if what in policy.publish
+            else f"no {what}, policy.publish does not name them"
+        )
+    return "; ".join(said)
 
 
 def require_allowed(policy: Policy, study: Study) -> None:

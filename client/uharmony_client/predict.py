@@ -4,7 +4,8 @@ For an input NAME.nii.gz it writes, readable by the user alone:
     NAME_seg.nii.gz    uint8. Exclusive classes: (D, H, W), each class by the first of its label
                        values. Overlapping classes: (D, H, W, J), one 0/1 mask a class.
     NAME_prob.nii.gz   with --probabilities: (D, H, W, J) float32, foreground classes only.
-    NAME_seg.json      the classes in the order of J and their values, site, domain, model digest.
+    NAME_seg.json      the classes in the order of J and their values, site, domain, model digest,
+                       and how the domain was found (see `domain_choice`).
 """
 
 from __future__ import annotations
@@ -16,23 +17,30 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import torch
 import typer
 from numpy.typing import NDArray
 
 from uharmony_client.device import choose_device
-from uharmony_client.grids import Grid, to_input_grid
+from uharmony_client.domain_choice import AbstainedError, Chosen
+from uharmony_client.few_shot import STEPS
 from uharmony_client.nifti import MAX_VOXELS
 from uharmony_client.readers import stem
-from uharmony_client.site_data import channel_modalities, prepare_image
+from uharmony_client.segmentation import (
+    Segmentation,
+    decide,
+    prepare_case,
+    segment,
+    segment_prepared,
+)
+from uharmony_client.serving import fit_serving, open_serving, refuse_conflicts
+from uharmony_client.site_data import channel_modalities
 from uharmony_client.volume_header import encode_volume
 from uharmony_model.atomic import write_atomic
-from uharmony_model.bundle import Model, load_bundle
 from uharmony_model.errors import ConfigError, DataError, StoreError
-from uharmony_model.inference import predict_logits
-from uharmony_model.presence import present_channels, with_presence
-from uharmony_model.study import Task
+from uharmony_model.test_time import MixtureSearch
 from uharmony_service.command_line import run
+
+__all__ = ["Segmentation", "app", "decide", "main", "plan_requests", "predict", "segment"]
 
 app = typer.Typer(add_completion=False)
 
@@ -45,31 +53,48 @@ class Request:
     name: str
 
 
-@dataclass(frozen=True)
-class Segmentation:
-    """A result on the input's grid: labels (D, H, W) or masks (J, D, H, W), probabilities (J, ...).
-
-    Only probabilities of foreground classes are kept, in the study's order.
-    """
-
-    label: NDArray[np.uint8]
-    probabilities: NDArray[np.float32]
-    grid: Grid
-
-
 @app.command()
 def predict(
     model: Annotated[Path, typer.Argument(help="Folder of a model (study.json and weights).")],
     volumes: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(help="NIfTI files; several channels of one case joined by commas."),
-    ],
+    ] = None,
     site: Annotated[
         str | None, typer.Option(help="Whose own parameters to use. Default: all residuals zero.")
     ] = None,
     domain: Annotated[
-        str | None, typer.Option(help="Which of the site's domains, where it has several.")
+        str | None,
+        typer.Option(
+            help="Which of the site's domains, where it has several. Without --site: 'auto' "
+            "weighs the experts that were published with the model, for each volume."
+        ),
     ] = None,
+    test_time: Annotated[
+        bool,
+        typer.Option(
+            "--test-time",
+            help="With --domain auto: move the weights on each volume by its entropy, guarded.",
+        ),
+    ] = False,
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict",
+            help="With --domain auto: no segmentation of a volume that is unlike all that the "
+            "model has learned from; the exit code is then 9.",
+        ),
+    ] = False,
+    few_shot: Annotated[
+        Path | None,
+        typer.Option(help="Fit a domain of its own to the labelled cases in this folder or table."),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of --few-shot.")] = STEPS,
+    save_model: Annotated[
+        Path | None,
+        typer.Option(help="Keep the model of --few-shot in this folder, with --name as its site."),
+    ] = None,
+    name: Annotated[str, typer.Option(help="Name of the site that --few-shot makes.")] = "few-shot",
     modality: Annotated[
         str | None,
         typer.Option(help="The study's name of the modality; one for each channel, by commas."),
@@ -79,6 +104,16 @@ def predict(
         bool, typer.Option("--probabilities", help="Write the classes' probabilities too.")
     ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    memory_gib: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="GiB of the device's memory to use: a volume that is expected to fit takes one "
+            "pass, others go window by window. Expected is twice what the layers put out, "
+            "measured on one window. Norms then see the whole volume, in training they saw "
+            "patches: results differ. Default: windows of the study's patch.",
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite earlier results.")] = False,
     max_voxels: Annotated[int, typer.Option(help="Largest accepted volume.")] = MAX_VOXELS,
 ) -> None:
@@ -87,82 +122,67 @@ def predict(
     MODEL is the folder of a model (study.json and weights), VOLUMES are .nii or .nii.gz files;
     several channels of one case are joined by commas.
     """
-    requests = plan_requests(volumes)
+    if not volumes and save_model is None:
+        raise ConfigError("no volume to segment; give one or more NIfTI files after the model")
+    requests = plan_requests(volumes or [])
     _refuse_existing(requests, out, force=force, probabilities=probabilities)
+    refuse_conflicts(site, domain, few_shot, save_model, test_time=test_time, strict=strict)
     where = choose_device(device)
-    loaded = load_bundle(model, site)
-    chosen = choose_domain(loaded, domain)
-    named = modality.split(",") if modality else loaded.modalities
-    task = loaded.study.task
+    named: Sequence[str] = modality.split(",") if modality else ()
+    if few_shot is not None:
+        serving = fit_serving(
+            model,
+            few_shot,
+            save_model,
+            name=name,
+            steps=steps,
+            modalities=named,
+            device=where,
+            max_voxels=max_voxels,
+            force=force,
+            say=_say,
+        )
+    else:
+        serving = open_serving(model, site, domain, strict=strict, say=_say)
+    task = serving.model.study.task
+    named = named or serving.model.modalities
     if modality is None and len(named) > 1 and len(named) != task.channels and not task.presence:
         raise ConfigError(f"site {site} has {', '.join(named)}; choose one with --modality")
-    modalities = channel_modalities(named, task, {}, "--modality")
+    modalities = channel_modalities(named, task, {}, "--modality") if requests else ()
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StoreError(f"{out}: {error.strerror}; give another --out folder") from None
-    loaded.network.to(where)
-    facts = {
-        "site": site,
-        "domain": chosen,
-        "modalities": modalities,
-        "model": loaded.digest,
-        "study": loaded.study.digest,
-        "classes": [
-            {"name": name, "values": list(values)}
-            for name, values in loaded.study.task.classes.items()
-        ],
-        "overlapping": loaded.study.task.overlapping,
-    }
+    serving.model.network.to(where)
+    search, refused = (MixtureSearch() if test_time else None), []
     for request in requests:
-        result = segment(loaded, request.images, modalities, chosen, where, max_voxels)
-        contents = {_path(out, request, "seg.nii.gz"): _encode(result.label, result)}
+        case = prepare_case(request.images, modalities, task, max_voxels)
+        chosen = serving.choose(case.image, request.name, search)
+        facts = {**serving.facts, "modalities": modalities, **chosen.facts}
+        contents = {_path(out, request, "seg.json"): json.dumps(facts, indent=1).encode()}
+        if chosen.abstained:
+            _say(_warning(request, chosen))
+        if chosen.abstained and strict:
+            for ending in ("seg.nii.gz", "prob.nii.gz"):  # of an earlier call, with --force
+                _path(out, request, ending).unlink(missing_ok=True)
+            refused.append(request.name)
+            _write_all(contents)
+            continue
+        index = None if serving.domain is None else serving.model.domains.index(serving.domain)
+        use = index if serving.chooser is None else chosen.weights
+        result = segment_prepared(serving.model, case, use, where, memory_gib)
         if probabilities:
-            contents[_path(out, request, "prob.nii.gz")] = _encode(result.probabilities, result)
-        contents[_path(out, request, "seg.json")] = json.dumps(facts, indent=1).encode()
+            probability = _encode(result.probabilities, result)
+            contents = {_path(out, request, "prob.nii.gz"): probability, **contents}
+        contents = {_path(out, request, "seg.nii.gz"): _encode(result.label, result), **contents}
         _write_all(contents)
         typer.echo(str(next(iter(contents))))
-
-
-def segment(
-    model: Model,
-    images: Sequence[Path],
-    modalities: Sequence[str],
-    domain: str | None,
-    device: torch.device,
-    max_voxels: int = MAX_VOXELS,
-) -> Segmentation:
-    """Segment one case and bring the probabilities back to its grid before deciding.
-
-    Raises:
-        DataError: the volume is unusable or does not fit the study.
-    """
-    study = model.study
-    image, grid = prepare_image(images, modalities, study.task, max_voxels)
-    present = present_channels(study.task, modalities)
-    logits = predict_logits(
-        model.network,
-        with_presence(torch.from_numpy(image)[None], [present], study.task)[0],
-        patch=study.training.patch,
-        overlap=study.evaluation.overlap,
-        domain=None if domain is None else model.domains.index(domain),
-        device=device,
-    )
-    everything = logits.sigmoid() if study.task.overlapping else logits.softmax(dim=0)
-    del image, logits
-    if not bool(torch.isfinite(everything).all()):
-        raise DataError(f"{images[0]}: the network's output is not finite; is the model damaged?")
-    there = to_input_grid(everything.numpy(), grid)
-    foreground = there if study.task.overlapping else there[1:]
-    return Segmentation(decide(there, study.task), foreground, grid)
-
-
-def decide(probabilities: NDArray[np.float32], task: Task) -> NDArray[np.uint8]:
-    """Label values (D, H, W) of the most probable class, or masks (J, D, H, W) above one half."""
-    if task.overlapping:
-        return (probabilities > 0.5).astype(np.uint8)
-    values = np.array([0, *(group[0] for group in task.classes.values())], dtype=np.uint8)
-    return np.asarray(values[probabilities.argmax(axis=0)], dtype=np.uint8)
+    if refused:
+        raise AbstainedError(
+            f"{len(refused)} of {len(requests)} volumes not segmented ({', '.join(refused):.200}): "
+            "unlike all that the model has learned from; label a few cases for --few-shot, or "
+            "leave --strict out"
+        )
 
 
 def plan_requests(volumes: Sequence[str]) -> list[Request]:
@@ -189,20 +209,18 @@ def plan_requests(volumes: Sequence[str]) -> list[Request]:
     return requests
 
 
-def choose_domain(model: Model, name: str | None) -> str | None:
-    """The domain to predict for; None where no site was chosen.
+def _say(line: str) -> None:
+    typer.echo(line, err=True)
 
-    Raises:
-        ConfigError: the site has no such domain, or several and none was chosen.
-    """
-    if name is not None and name not in model.domains:
-        known = ", ".join(model.domains) or "none without --site"
-        raise ConfigError(f"no domain {name!r:.80}; there are: {known}")
-    if name is None and len(model.domains) > 1:
-        raise ConfigError(
-            f"the site has the domains {', '.join(model.domains)}; choose one with --domain"
-        )
-    return name or (model.domains[0] if model.domains else None)
+
+def _warning(request: Request, chosen: Chosen) -> str:
+    assert chosen.gate is not None  # noqa: S101 - or it would not have abstained
+    assert chosen.limit is not None  # noqa: S101 - likewise
+    return (
+        f"warning: {request.name}: the model abstains: unlike all that it has learned from; the "
+        f"nearest is {chosen.gate.nearest} at {chosen.gate.distance:.3g}, the limit is "
+        f"{chosen.limit.limit:.3g}; do not rely on a segmentation of this volume"
+    )
 
 
 def _path(out: Path, request: Request, ending: str) -> Path:

@@ -15,6 +15,7 @@ _WORK: dict[str, State] = {
     "train": "training",
     "evaluate": "evaluating",
     "finale": "training",
+    "publish": "evaluating",
 }
 
 

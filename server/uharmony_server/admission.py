@@ -28,8 +28,17 @@ from uharmony_model.exchange.payload import (
     max_payload_bytes,
     open_payload,
 )
-from uharmony_model.exchange.schema import Schema
+from uharmony_model.exchange.published import (
+    DELTA,
+    EPSILON,
+    KINDS,
+    PublicationForm,
+    patients_of,
+)
+from uharmony_model.exchange.schema import Schema, unflatten
 from uharmony_model.frozen import Frozen
+from uharmony_model.prototypes import noise_deviation
+from uharmony_model.study import Publication, Publishable
 
 CASES = "cases"  # the manifest value with the number of training cases
 STARTED_FROM = "started_from"  # the round whose outcome the site's own parameters come from
@@ -53,6 +62,7 @@ class RefusalReason(StrEnum):
     NOT_FINITE = "not_finite"
     NORM_TOO_LARGE = "norm_too_large"
     BAD_CASE_COUNT = "bad_case_count"
+    WRONG_BUDGET = "wrong_budget"  # of privacy: another epsilon or delta than the study's
     DUPLICATE = "duplicate"  # a second answer of a site in one round; found by the round
     SITE_ERROR = "site_error"  # the site itself says that it failed; reported by the round
     OVERSIZED = "oversized"
@@ -118,6 +128,16 @@ class AdmittedMetrics:
     values: Mapping[str, Value]
 
 
+@dataclass(frozen=True, eq=False)
+class AdmittedRelease:
+    """Experts or prototypes that a site published: `flat (n,)` of a schema, patients by domain."""
+
+    site: str
+    patients: Mapping[str, int]
+    schema: Schema
+    flat: Tensor
+
+
 def norm_limit(past_norms: Sequence[float], bound: float) -> float | None:
     """`bound` times the median norm of the updates admitted so far; None while there are none."""
     median = statistics.median(past_norms) if past_norms else 0.0
@@ -163,6 +183,61 @@ def admit_metrics(buffer: object, expected: Expected) -> AdmittedMetrics | Refus
     if isinstance(opened, Refusal):
         return opened
     return AdmittedMetrics(expected.site, opened[0].values)
+
+
+def admit_release(
+    buffer: object,
+    expected: Expected,
+    what: Publishable,
+    settings: Publication,
+    form: PublicationForm,
+) -> AdmittedRelease | Refusal:
+    """Check a site's release; it names its domains, all else is known here. Never raises.
+
+    Without noise a prototype is at most one long. Noise of ten deviations does not occur, so what
+    is longer than that is no release.
+    """
+    refuse, kind = expected.refuse, KINDS[what]
+    limit = form.max_bytes(what)
+    if not isinstance(buffer, bytes | bytearray | memoryview):
+        return refuse(RefusalReason.DAMAGED, f"expected bytes, got {type(buffer).__name__}")
+    if len(buffer) > limit:
+        return refuse(RefusalReason.OVERSIZED, f"{len(buffer)} bytes, at most {limit} of {what}")
+    try:
+        values = open_payload(buffer, max_bytes=limit).manifest.values
+    except PayloadError as error:
+        return refuse(RefusalReason.DAMAGED, str(error))
+    budget = (EPSILON, DELTA) if what == "prototypes" else ()
+    try:
+        patients = patients_of(values, also=budget)
+    except PayloadError as error:
+        return refuse(RefusalReason.WRONG_SCHEMA, str(error))
+    schema = form.schema(what, patients)
+    opened = _open(buffer, replace(expected, schema=schema, codec="fp32"), kind)
+    if isinstance(opened, Refusal):
+        return opened
+    flat = opened[1]
+    for domain, count in patients.items():
+        if not settings.min_patients <= count <= expected.max_cases:
+            return refuse(
+                RefusalReason.BAD_CASE_COUNT,
+                f"{domain}: {count} patients, expected {settings.min_patients} to "
+                f"{expected.max_cases}",
+            )
+    if not math.isfinite(_norm(flat)):
+        return refuse(RefusalReason.NOT_FINITE, f"the {what} hold NaN or infinite numbers")
+    if budget:
+        wanted = (settings.epsilon, settings.delta)
+        if tuple(values[name] for name in budget) != wanted:
+            return refuse(RefusalReason.WRONG_BUDGET, f"expected epsilon and delta {wanted}")
+        for name, row in unflatten(flat, schema).items():
+            noise = noise_deviation(
+                patients[name.rpartition("@")[2]], epsilon=settings.epsilon, delta=settings.delta
+            )
+            longest = 1 + 10 * noise * math.sqrt(row.numel())
+            if float(row.double().norm()) > longest:
+                return refuse(RefusalReason.NORM_TOO_LARGE, f"{name}: longer than {longest:.3g}")
+    return AdmittedRelease(expected.site, patients, schema, flat)
 
 
 def _open(buffer: object, expected: Expected, kind: Kind) -> tuple[Manifest, Tensor] | Refusal:

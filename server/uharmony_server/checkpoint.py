@@ -3,6 +3,7 @@
 FOLDER/round-000007/weights.safetensors    the shared tensors by name
                     momentum.safetensors   of the server's own optimiser, where it has one
                     state.json             everything else, with digests of all
+                    published/             what sites published at the end (`published_store`)
 """
 
 from __future__ import annotations
@@ -36,9 +37,12 @@ from uharmony_model.exchange.payload import digest
 from uharmony_model.exchange.schema import Schema, flatten, unflatten
 from uharmony_model.frozen import Frozen
 from uharmony_server.admission import Refusal
+from uharmony_server.publication import Published
+from uharmony_server.published_store import read_published, write_published
 
 KEEP = 3
 _MOMENTUM = "momentum.safetensors"
+_PUBLISHED = "published"
 _ROUND = re.compile(r"^round-(\d{6,})$")
 _MAX_STATE_BYTES = 1 << 28
 _logger = logging.getLogger(__name__)
@@ -53,7 +57,7 @@ class Checkpoint:
     `uncounted` the (round, site) pairs that were trained in vain, as far as known; `heads` are the
     heads of the sites' ledgers as last seen; `hidden` are the sites that tell no number of cases;
     `at_home` are those that played the finale; `momentum` is what the server's own optimiser
-    carries, two moments `(n,)`.
+    carries, moments `(n,)`; `published` is what sites published, None while none has answered.
     """
 
     round: int
@@ -69,7 +73,8 @@ class Checkpoint:
     heads: Mapping[str, Receipt] = field(default_factory=dict)
     hidden: tuple[str, ...] = ()
     at_home: tuple[str, ...] = ()
-    momentum: tuple[Tensor, Tensor] | None = None
+    momentum: tuple[Tensor, ...] | None = None
+    published: Published | None = None
 
     @cached_property
     def digest(self) -> str:
@@ -99,7 +104,7 @@ class _State(Frozen):
     heads: dict[str, Receipt] = Field(default_factory=dict)
     hidden: tuple[str, ...] = ()
     at_home: tuple[str, ...] = ()
-    momentum: tuple[Digest, Digest] | None = None
+    momentum: tuple[Digest, ...] | None = None
 
 
 class _Sealed(Frozen):
@@ -144,8 +149,10 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     try:
         save_file(tensors, temporary / "weights.safetensors")
         if checkpoint.momentum is not None:
-            first, second = checkpoint.momentum
-            save_file({"first": first, "second": second}, temporary / _MOMENTUM)
+            named = {str(i): moment for i, moment in enumerate(checkpoint.momentum)}
+            save_file(named, temporary / _MOMENTUM)
+        if checkpoint.published is not None:
+            write_published(temporary / _PUBLISHED, checkpoint.published)
         (temporary / "state.json").write_text(text, encoding="ascii")
         replace_directory(temporary, final)
     except (OSError, SafetensorError, StoreError) as error:
@@ -228,18 +235,19 @@ def _load(path: Path, number: int, study: str, schema: Schema) -> Checkpoint:
         hidden=state.hidden,
         at_home=state.at_home,
         momentum=_momentum(path, state),
+        published=_published(path / _PUBLISHED),
     )
     if checkpoint.digest != state.weights:
         raise _DamagedError(f"{path}: damaged: the weights differ from their digest")
     return checkpoint
 
 
-def _momentum(path: Path, state: _State) -> tuple[Tensor, Tensor] | None:
+def _momentum(path: Path, state: _State) -> tuple[Tensor, ...] | None:
     if state.momentum is None:
         return None
     try:
         found = load_file(path / _MOMENTUM)
-        moments = found["first"], found["second"]
+        moments = tuple(found[str(i)] for i in range(len(state.momentum)))
     except (OSError, SafetensorError, KeyError) as error:
         raise _DamagedError(f"{path}: damaged: {_line(error)}") from None
     if _digests(moments) != state.momentum:
@@ -247,8 +255,15 @@ def _momentum(path: Path, state: _State) -> tuple[Tensor, Tensor] | None:
     return moments
 
 
-def _digests(moments: tuple[Tensor, Tensor] | None) -> tuple[str, str] | None:
-    return None if moments is None else (digest(moments[0]), digest(moments[1]))
+def _published(path: Path) -> Published | None:
+    try:
+        return read_published(path)
+    except StoreError as error:
+        raise _DamagedError(f"{path}: damaged: {_line(error)}") from None
+
+
+def _digests(moments: tuple[Tensor, ...] | None) -> tuple[str, ...] | None:
+    return None if moments is None else tuple(map(digest, moments))
 
 
 def _seal(state: _State) -> str:

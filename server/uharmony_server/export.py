@@ -19,6 +19,7 @@ from uharmony_model.errors import ConfigError, StoreError
 from uharmony_model.exchange.schema import unflatten
 from uharmony_model.study import Study
 from uharmony_server.checkpoint import Checkpoint
+from uharmony_server.publication import hand_out
 from uharmony_server.records import Record
 
 SMALL_CELL = 11
@@ -36,6 +37,8 @@ _RESULTS: tuple[tuple[str, str, int], ...] = (
 def export_model(checkpoint: Checkpoint, study: Study, folder: Path) -> None:
     """Write the bundle that `uharmony-predict` reads, whole or not at all, with its card.
 
+    What sites published by opt-in comes beside it.
+
     Raises:
         ConfigError: the folder holds something that is no model, or the checkpoint is of another
             study.
@@ -51,6 +54,7 @@ def export_model(checkpoint: Checkpoint, study: Study, folder: Path) -> None:
     shared = unflatten(checkpoint.global_, checkpoint.schema)
     card = model_card(checkpoint, study).encode()
     save_bundle(folder, study, shared, {}, {}, notes={CARD: card})
+    hand_out(folder, checkpoint.published, study)
 
 
 def model_card(checkpoint: Checkpoint, study: Study) -> str:
@@ -74,6 +78,7 @@ def model_card(checkpoint: Checkpoint, study: Study) -> str:
         _facts(checkpoint, study),
         _sites(checkpoint, test),
         _results(study, test),
+        *_published(checkpoint, study),
         _use(study),
     )
     return f"# {study.name}\n\n" + "\n\n".join(sections) + "\n"
@@ -144,6 +149,28 @@ def _results(study: Study, test: Sequence[Record]) -> str:
         sites = len(_site_means(of_class, "dice"))
         lines.append(f"| {name} | {sites} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _published(checkpoint: Checkpoint, study: Study) -> tuple[str, ...]:
+    found = checkpoint.published
+    if found is None or not (found.experts or found.prototypes):
+        return ()
+    settings = study.publication
+    lines = ["## Published by sites", "", "By opt-in, once, after the last round:", ""]
+    if found.experts:
+        sites = ", ".join(map(_plain, sorted(found.experts)))
+        lines.append(
+            f"- Experts of {sites}: the residuals of their domains. They are trained on patients, "
+            "and no privacy is claimed for them."
+        )
+    if found.prototypes:
+        names = ", ".join(_plain(p.domain) for p in found.prototypes)
+        lines.append(
+            f"- Prototypes of {names}: mean descriptors with noise, each private with epsilon "
+            f"{settings.epsilon:g} and delta {settings.delta:g}. Those that their noise hides are "
+            "left out of prototypes.json."
+        )
+    return ("\n".join(lines),)
 
 
 def _use(study: Study) -> str:

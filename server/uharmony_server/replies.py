@@ -10,7 +10,9 @@ from pydantic import ValidationError
 from uharmony_model.errors import ExchangeError
 from uharmony_model.exchange.hello import Hello
 from uharmony_model.exchange.instruction import Receipt
+from uharmony_model.study import PUBLISHABLE
 from uharmony_server.admission import Refusal, RefusalReason
+from uharmony_server.publication import Answer
 
 MAX_TEXT = 4096  # characters of a hello or a refusal; deep nesting needs more
 
@@ -20,14 +22,26 @@ def refusal(site: str, round_: int, reason: RefusalReason, detail: str) -> Refus
     return Refusal(site=site, round=round_, reason=reason, detail=detail)
 
 
-def payload_of(reply: Message) -> bytes | None:
+def payload_of(reply: Message, name: str = "payload") -> bytes | None:
     """The payload bytes of an answer, or None when it carries none."""
-    if not reply.has_content() or "payload" not in reply.content:
+    if not reply.has_content() or name not in reply.content:
         return None
-    record = reply.content["payload"]
+    record = reply.content[name]
     if not isinstance(record, ArrayRecord) or set(record) != {"payload"}:
         return None
     return record["payload"].data
+
+
+def publication_of(reply: Message) -> Answer | None:
+    """What a site publishes and what it says of it, or None when it says nothing."""
+    if not reply.has_content() or "publication" not in reply.content:
+        return None
+    try:
+        said = str(reply.content["publication"]["json"])
+    except (KeyError, TypeError):
+        return None
+    found = {name: payload_of(reply, name) for name in PUBLISHABLE}
+    return Answer({name: data for name, data in found.items() if data is not None}, said)
 
 
 def refusal_of(reply: Message, site: str, round_: int) -> Refusal:

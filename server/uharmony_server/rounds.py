@@ -17,8 +17,9 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from uharmony_model.errors import QuorumError
+from uharmony_model.exchange.published import PublicationForm
 from uharmony_model.exchange.schema import Schema
-from uharmony_model.schedule import splits_due
+from uharmony_model.schedule import publication_due, splits_due
 from uharmony_model.study import Study
 from uharmony_server.checkpoint import Checkpoint, load_latest, save
 from uharmony_server.strategy import HarmonyStrategy, SiteOf
@@ -27,6 +28,7 @@ OnRound = Callable[[Checkpoint], None]
 Late = tuple[str, int]  # site, round
 
 _FAREWELL_SECONDS = 30.0
+_FINALE_CALLS = 3
 
 
 def _nothing_late() -> Iterable[Late]:
@@ -70,13 +72,19 @@ def run_rounds(
     Raises:
         QuorumError: too few sites joined, or too few answered in a round.
         StoreError: the folder holds another study.
+        ConfigError: the study asks for prototypes in a frame that does not fit its network.
     """
+    # Made before the first round: a frame that does not fit is known before anybody has trained.
+    form = PublicationForm.of(study) if publication_due(study) else None
     state = load_latest(folder, study.digest, schema)
     if state is None:
         state = Checkpoint(round=0, global_=initial, schema=schema, study=study.digest)
+    # Among institutions a site that was away may come back; in one process none is.
+    calls = 0 if not study.finale.steps else 1 if patience is None else _FINALE_CALLS
     if patience is None:
         strategy = HarmonyStrategy(study, state)
-        if state.round < study.training.rounds or _finale_due(strategy):
+        owes = (calls and not state.at_home) or (form is not None and state.published is None)
+        if state.round < study.training.rounds or owes:
             strategy.greet(grid, timeout=timeout)
     else:
         strategy = HarmonyStrategy(
@@ -101,14 +109,18 @@ def run_rounds(
         save(folder, strategy.state)
         if on_round is not None:
             on_round(strategy.state)
-    if _finale_due(strategy):
+    for _ in range(calls):
         if patience is not None:
             with suppress(QuorumError):  # whoever is there; nobody is waited for
                 strategy.greet(grid, timeout=_FAREWELL_SECONDS)
+        if strategy.all_at_home:
+            break
         _finale(strategy, grid, timeout if patience is None else patience.finale_timeout)
         save(folder, strategy.state)
         if on_round is not None:
             on_round(strategy.state)
+    if form is not None:
+        _publication(strategy, form, grid, folder, timeout, greet=patience is not None)
     if patience is not None:
         # Also after a restart: a kill may have come between the last round and the farewell.
         with suppress(QuorumError):
@@ -126,9 +138,24 @@ def _one_round(strategy: HarmonyStrategy, round_: int, grid: Grid, timeout: floa
         strategy.aggregate_evaluate(round_, grid.send_and_receive(asked, timeout=timeout))
 
 
-def _finale_due(strategy: HarmonyStrategy) -> bool:
-    """Whether the sites are to be asked for their last steps; once any has answered, no more."""
-    return bool(strategy.study.finale.steps) and not strategy.state.at_home
+def _publication(
+    strategy: HarmonyStrategy,
+    form: PublicationForm,
+    grid: Grid,
+    folder: Path,
+    timeout: float | None,
+    *,
+    greet: bool,
+) -> None:
+    """Ask for what sites publish; once any has answered, no more: it is an offer."""
+    if strategy.state.published is not None:
+        return
+    if greet:
+        with suppress(QuorumError):
+            strategy.greet(grid, timeout=_FAREWELL_SECONDS)
+    asked = strategy.configure_publish(strategy.arrays())
+    strategy.aggregate_publish(grid.send_and_receive(asked, timeout=timeout), form)
+    save(folder, strategy.state)
 
 
 def _finale(strategy: HarmonyStrategy, grid: Grid, timeout: float | None) -> None:

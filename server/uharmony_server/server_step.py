@@ -13,7 +13,7 @@ from uharmony_model.study import Study
 
 BETA_1, BETA_2, TAU = 0.9, 0.99, 1e-3  # of FedAdam, as Flower has them
 
-Moments = tuple[Tensor, Tensor]
+Moments = tuple[Tensor, ...]
 
 
 def next_weights(
@@ -29,6 +29,9 @@ def next_weights(
     weights = averaged
     if study.plan.server == "adam":
         step, moments = adam_step(averaged - base, moments, round_, study.federation.server_rate)
+        weights = base + step
+    elif study.federation.momentum:
+        step, moments = nesterov_step(averaged - base, moments, study.federation.momentum)
         weights = base + step
     if not math.isfinite(float(weights.abs().sum(dtype=torch.float64))):
         raise ExchangeError(
@@ -54,3 +57,16 @@ def adam_step(
     second = BETA_2 * second + (1 - BETA_2) * delta.square()
     rate *= math.sqrt(1 - BETA_2 ** (round_ + 1)) / (1 - BETA_1 ** (round_ + 1))
     return rate * first / (second.sqrt() + TAU), (first, second)
+
+
+def nesterov_step(
+    delta: Tensor, moments: Moments | None, momentum: float
+) -> tuple[Tensor, Moments]:
+    """A step with Nesterov momentum from the mean update `delta (n,)`, at rate 1.
+
+    `v' = momentum * v + delta`, step `delta + momentum * v'`: FedAvgM (Hsu et al. 2019,
+    arXiv:1909.06335) in the form that DiLoCo (Douillard et al. 2023, arXiv:2311.08105) uses.
+    """
+    (velocity,) = moments or (torch.zeros_like(delta),)
+    velocity = momentum * velocity + delta
+    return delta + momentum * velocity, (velocity,)

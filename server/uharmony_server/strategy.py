@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -21,7 +21,8 @@ from uharmony_model.errors import ExchangeError, QuorumError
 from uharmony_model.exchange.hello import check_hello
 from uharmony_model.exchange.instruction import Instruction
 from uharmony_model.exchange.payload import Kind, encode
-from uharmony_model.schedule import finale_round, splits_due
+from uharmony_model.exchange.published import PublicationForm
+from uharmony_model.schedule import finale_round, publication_round, splits_due
 from uharmony_model.study import Study
 from uharmony_server.admission import (
     Admitted,
@@ -35,10 +36,13 @@ from uharmony_server.admission import (
 from uharmony_server.aggregate import WeightedSum
 from uharmony_server.checkpoint import Checkpoint
 from uharmony_server.metrics import records_from_metrics
+from uharmony_server.publication import Published, take
+from uharmony_server.records import Record
 from uharmony_server.replies import (
     hello_of,
     ledger_head_of,
     payload_of,
+    publication_of,
     refusal,
     refusal_of,
 )
@@ -202,7 +206,7 @@ class HarmonyStrategy(Strategy):
         return self._messages(order, "evaluate", arrays)
 
     def configure_finale(self, arrays: ArrayRecord) -> Iterable[Message]:
-        """Ask every site for its own steps from the last weights, and what it kept."""
+        """Ask sites for their own steps from the last weights; those that answered rest."""
         order = Instruction(
             action="finale",
             study=self.study.digest,
@@ -210,27 +214,60 @@ class HarmonyStrategy(Strategy):
             base=self.state.digest,
             final=True,
         )
-        return self._messages(order, "train.finale", arrays)
+        return self._messages(order, "train.finale", arrays, but=self.state.at_home)
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """Keep every site's means as records; a site that could not measure is named."""
-        records = self._records(server_round, replies)
-        self.state = self.state.with_changes(records=(*self.state.records, *records))
-        dice = [r["dice"] for r in records if isinstance(r["dice"], float)]
+        records, _ = self._measured(server_round, replies)
+        dice = [r.dice for r in records if r.dice is not None]
         return MetricRecord({"dice": statistics.fmean(dice)}) if dice else None
 
     def aggregate_finale(self, replies: Iterable[Message]) -> None:
         """As after an evaluation; the sites that answered are not asked again."""
-        records = self._records(finale_round(self.study), replies)
-        sites = {str(r["site"]) for r in records} | set(self.state.at_home)
-        self.state = self.state.with_changes(
-            records=(*self.state.records, *records), at_home=tuple(sorted(sites))
-        )
+        _, sites = self._measured(finale_round(self.study), replies)
+        at_home = tuple(sorted({*self.state.at_home, *sites}))
+        self.state = self.state.with_changes(at_home=at_home)
 
-    def _records(self, round_: int, replies: Iterable[Message]) -> list[dict[str, object]]:
-        records: list[dict[str, object]] = []
+    @property
+    def all_at_home(self) -> bool:
+        """Whether some site has played the finale, and all that are there have."""
+        home = set(self.state.at_home)
+        return bool(home) and home.issuperset(self.nodes.values())
+
+    def configure_publish(self, arrays: ArrayRecord) -> Iterable[Message]:
+        """Ask sites for what they publish, if they do; those that answered rest."""
+        order = Instruction(
+            action="publish",
+            study=self.study.digest,
+            round=publication_round(self.study),
+            base=self.state.digest,
+            final=True,
+        )
+        answered = () if self.state.published is None else self.state.published.said
+        return self._messages(order, "train.publish", arrays, but=answered)
+
+    def aggregate_publish(self, replies: Iterable[Message], form: PublicationForm) -> None:
+        """Keep what was published; a site that says nothing of it is named."""
+        round_ = publication_round(self.study)
+        published = self.state.published or Published()
+        for site, reply in self._in_order(replies, round_):
+            answer = publication_of(reply)
+            if answer is None:
+                self._refuse(refusal_of(reply, site, round_))
+                continue
+            expected = self._expected(site, round_)
+            published, refused = take(published, answer, expected, self.study, form)
+            for verdict in refused:
+                self._refuse(verdict)
+        if published.said:
+            self.state = self.state.with_changes(published=published)
+
+    def _measured(self, round_: int, replies: Iterable[Message]) -> tuple[list[Record], list[str]]:
+        """Keep the records of the sites that answered as they should, and name these."""
+        records: list[Record] = []
+        sites = []
         for site, reply in self._in_order(replies, round_):
             payload = payload_of(reply)
             verdict = (
@@ -242,13 +279,15 @@ class HarmonyStrategy(Strategy):
                 self._refuse(verdict)
                 continue
             try:
-                found = records_from_metrics(self.study, round_, verdict)
+                records += records_from_metrics(self.study, round_, verdict)
             except ExchangeError as error:
                 reason = RefusalReason.WRONG_SCHEMA
                 self._refuse(refusal(site, round_, reason, str(error)))
                 continue
-            records += [record.model_dump(mode="json", by_alias=True) for record in found]
-        return records
+            sites.append(site)
+        dumped = [record.model_dump(mode="json", by_alias=True) for record in records]
+        self.state = self.state.with_changes(records=(*self.state.records, *dumped))
+        return records, sites
 
     def summary(self) -> None:
         """Nothing is printed: progress belongs to the command, records to the report."""
@@ -360,8 +399,12 @@ class HarmonyStrategy(Strategy):
                 "it is asked again without"
             )
 
-    def _messages(self, order: Instruction, kind: str, arrays: ArrayRecord) -> Iterator[Message]:
+    def _messages(
+        self, order: Instruction, kind: str, arrays: ArrayRecord, *, but: Collection[str] = ()
+    ) -> Iterator[Message]:
         for node, site in sorted(self.nodes.items(), key=lambda item: item[1]):
+            if site in but:
+                continue
             own = order.model_copy(update={"receipt": self.state.heads.get(site)})
             content = RecordDict(
                 {"instruction": ConfigRecord({"json": own.to_json()}), "payload": arrays}

@@ -27,6 +27,7 @@ from uharmony_model.participation import Participation
 from uharmony_model.schedule import finale_round
 from uharmony_model.study import Study
 from uharmony_server.checkpoint import Checkpoint
+from uharmony_server.publication import hand_out
 from uharmony_server.rounds import OnRound, run_rounds
 from uharmony_simulation.engine import InProcessGrid, site_of
 from uharmony_simulation.participation import ParticipationGrid
@@ -56,7 +57,7 @@ class Arm:
     @classmethod
     def of(cls, study: Study, name: str, seed: int, sites: Sequence[str]) -> Arm:
         """The study under another method. Pooled training takes the sum of all sites' steps."""
-        changed = Study.model_validate({**study.model_dump(), "method": name, "seed": seed})
+        changed = study.model_copy(update={"seed": seed}).with_method(name)
         if not changed.plan.pooled:
             return cls(name, seed, changed, tuple(sites))
         steps = study.training.local_steps * len(sites)
@@ -194,6 +195,7 @@ def _keep_model(
     domains = {s.name: s.domains for s in opened}
     modalities = {s.name: s.modalities for s in opened}
     save_bundle(folder / "model", arm.study, shared, local, domains, modalities, own=own)
+    hand_out(folder / "model", state.published, arm.study)
     for site in opened if figures else ():
         network = site_network(site, shared, carried[site.name])
         draw_site_cases(network, site, last, folder / "figures")

@@ -46,7 +46,7 @@ class Places:
 
     def cell(self, task: Task) -> Path:
         """The folder of a task's cell."""
-        return self.out / "cells" / task.cell.name
+        return self.out / "cells" / task.cell.place.name
 
 
 def plan(lab: Lab, study: Study, simulation: Simulation) -> list[Group]:
@@ -102,12 +102,12 @@ def run_lab(
     if queue:
         # The first task alone: it tells how much memory one takes.
         first, *rest = queue[0]
-        record = _work((first,), places, machine, lab.swap)[0]
+        record = _work((first,), places, machine, lab)[0]
         found[first.name] = record
         clock.tick(first, record)
         queue[0] = tuple(rest)
         workers = affordable(workers, record["peak_mib"], memory_mib)
-        found |= _run_groups([g for g in queue if g], places, machine, lab.swap, workers, clock)
+        found |= _run_groups([g for g in queue if g], places, machine, lab, workers, clock)
     return [found[task.name] for task in tasks]
 
 
@@ -120,7 +120,7 @@ def _run_groups(
     groups: Sequence[Group],
     places: Places,
     machine: Machine,
-    swap: bool,
+    lab: Lab,
     workers: int,
     clock: _Clock,
 ) -> dict[str, dict[str, Any]]:
@@ -128,7 +128,7 @@ def _run_groups(
     if workers == 1 or len(groups) == 1:
         for group in groups:
             for task in group:
-                found[task.name] = _work((task,), places, machine, swap)[0]
+                found[task.name] = _work((task,), places, machine, lab)[0]
                 clock.tick(task, found[task.name])
         return found
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
@@ -139,7 +139,7 @@ def _run_groups(
             while queue and len(running) < workers:
                 group = queue.pop(0)
                 # Task by task, so that what is done is told at once.
-                running[_submit(pool, group, places, machine, swap)] = group
+                running[_submit(pool, group, places, machine, lab)] = group
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in finished:
                 first, *rest = running.pop(future)
@@ -151,13 +151,13 @@ def _run_groups(
 
 
 def _submit(
-    pool: ProcessPoolExecutor, group: Group, places: Places, machine: Machine, swap: bool
+    pool: ProcessPoolExecutor, group: Group, places: Places, machine: Machine, lab: Lab
 ) -> Future[list[dict[str, Any]]]:
-    return pool.submit(_work, group[:1], places, machine, swap)
+    return pool.submit(_work, group[:1], places, machine, lab)
 
 
 def _work(
-    tasks: Sequence[Task], places: Places, machine: Machine, swap: bool
+    tasks: Sequence[Task], places: Places, machine: Machine, lab: Lab
 ) -> list[dict[str, Any]]:
     """What a process does; also in this one."""
     keep_freed_pages()
@@ -166,7 +166,17 @@ def _work(
     for task in tasks:
         folder = places.cell(task)
         names = make_sites(task.study, task.simulation, places.data, folder / "sites")
-        records.append(run_task(task, folder, places.records, machine, names, swap=swap))
+        records.append(
+            run_task(
+                task,
+                folder,
+                places.records,
+                machine,
+                names,
+                swap=lab.swap,
+                few_shot=lab.few_shot,
+            )
+        )
     return records
 
 

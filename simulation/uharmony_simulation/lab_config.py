@@ -59,6 +59,12 @@ class Cell(Frozen):
     labels_lost: Share = 0.0
     modalities_lost: Share = 0.0
     dropout: Share = 0.0
+    without: Name | None = None
+
+    @property
+    def place(self) -> Cell:
+        """The cell whose sites these are: a site that is left out has its data all the same."""
+        return self.model_copy(update={"without": None, "dropout": 0.0})
 
     @property
     def name(self) -> str:
@@ -70,6 +76,7 @@ class Cell(Frozen):
             value = getattr(self, field)
             if value != type(self).model_fields[field].default:
                 words.append(f"{field.replace('_lost', '-lost')}-{value:g}")
+        words += [f"without-{self.without}"] if self.without else []
         return "_".join(words)
 
     @property
@@ -96,6 +103,7 @@ class Grid(Frozen):
     labels_lost: tuple[Share, ...] = (0.0,)
     modalities_lost: tuple[Share, ...] = (0.0,)
     dropout: tuple[Share, ...] = (0.0,)
+    without: tuple[Name | None, ...] = (None,)
 
     def cells(self) -> tuple[Cell, ...]:
         """All of them, each once."""
@@ -107,7 +115,11 @@ class Grid(Frozen):
 
 
 class Lab(Frozen):
-    """The file. `swap` measures every site's model at every other site as well."""
+    """The file. `swap` measures every site's model at every other site as well.
+
+    A cell `without` a site trains on the others and then serves that one, from nothing up to
+    `few_shot` labelled cases.
+    """
 
     name: Name
     study: Path
@@ -116,6 +128,7 @@ class Lab(Frozen):
     folds: Annotated[int, Field(ge=2, le=100)] | None = None
     grid: Grid = Grid()
     swap: bool = True
+    few_shot: tuple[Annotated[int, Field(ge=2)], ...] = (4,)
 
     @field_validator("arms", mode="before")
     @classmethod
@@ -183,7 +196,7 @@ def conditions(simulation: Simulation, study: Study, cell: Cell) -> Simulation:
     """
     source = simulation.source
     if not isinstance(source, FolderSource) or source.sites_from != "random":
-        if cell != Cell(dropout=cell.dropout):
+        if cell.place != Cell():
             raise ConfigError(
                 f"cell {cell.name}: needs simulation.source of kind folder with sites_from: random"
             )

@@ -39,6 +39,7 @@ from uharmony_server.checkpoint import read_latest
 from uharmony_simulation.arms import Arm, Machine, SiteOpener, run_arm
 from uharmony_simulation.config import Simulation
 from uharmony_simulation.lab_config import REFERENCE, Cell, LabArm
+from uharmony_simulation.lab_unseen import measure_unseen
 
 FORMAT = 1
 
@@ -64,7 +65,8 @@ class Task:
     def key(self) -> str:
         """SHA-256 of everything that decides the result but the data and the code."""
         text = f"{self.study.canonical_json()}\n{self.simulation.model_dump_json()}"
-        return hashlib.sha256(f"{text}\n{self.cell.dropout}".encode()).hexdigest()
+        cell = f"{self.cell.dropout} {self.cell.without or ''}"
+        return hashlib.sha256(f"{text}\n{cell}".encode()).hexdigest()
 
 
 def read_record(records: Path, task: Task) -> dict[str, Any] | None:
@@ -96,11 +98,13 @@ def run_task(
     sites: Sequence[str],
     *,
     swap: bool,
+    few_shot: Sequence[int] = (),
     on_step: OnStep | None = None,
 ) -> dict[str, Any]:
     """Train, measure and write the record; an interrupted task goes on where it stood."""
-    arm = Arm.of(task.study, task.arm.method, task.seed, sites)
-    folder = cell_folder / "arms" / task.name.partition("/")[2]
+    there = [site for site in sites if site != task.cell.without]
+    arm = Arm.of(task.study, task.arm.method, task.seed, there)
+    folder = cell_folder / "arms" / task.name.replace("/", "_")
     where = cell_folder / "sites"
     if not (folder / "done.json").is_file():
         run_arm(
@@ -110,7 +114,7 @@ def run_task(
             machine,
             on_step=on_step,
             figures=False,
-            participation=attendance(task, sites) if task.cell.dropout else None,
+            participation=attendance(task, there) if task.cell.dropout else None,
         )
     done = json.loads((folder / "done.json").read_bytes())
     opener = SiteOpener(arm, where, machine)
@@ -142,15 +146,25 @@ def run_task(
         "cases": [row for site in opened for row in _rows(site, arm.study)],
         "matrix": {},
         "swaps": [],
+        "unseen": None,
     }
     if swap and state is not None and not arm.study.plan.pooled:
         shared = unflatten(state.global_, schema)
         record["matrix"], record["swaps"] = _swapped(arm.study, opened, shared, state.round)
+    if task.cell.without is not None and ladder_applies(arm.study):
+        left = opener.named(task.cell.without)
+        record["unseen"] = measure_unseen(folder / "model", opened, left, few_shot)
     path = records / f"{task.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps(record).encode(), mode=0o644)
     _clear(folder, opened, keep=task.arm.method == REFERENCE)
     return record
+
+
+def ladder_applies(study: Study) -> bool:
+    """Whether the method leaves a model for sites that were not there, with residuals to mix."""
+    plan = study.plan
+    return plan.harmonized and plan.serves_unseen and bool(plan.local) and not plan.pooled
 
 
 def attendance(task: Task, sites: Sequence[str]) -> Participation:

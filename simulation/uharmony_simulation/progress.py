@@ -76,7 +76,7 @@ class Lines(Progress):
     def round(self, arm: Arm, state: Checkpoint) -> None:
         """Round, sites' mean validation Dice when it was measured, refusals so far."""
         facts: dict[str, object] = {
-            "event": "round",
+            "event": "finale" if state.at_home else "round",
             "arm": arm.name,
             "seed": arm.seed,
             "round": state.round,

@@ -15,6 +15,7 @@ from tests.support.tiny import tiny_study, write_folder, write_study
 from uharmony_client import finale
 from uharmony_client.evaluate import evaluate_split
 from uharmony_client.flower_app import make_client_app
+from uharmony_client.local_train import train_round
 from uharmony_client.personal import own_model
 from uharmony_model.bundle import load_bundle
 from uharmony_model.errors import NetworkError
@@ -184,7 +185,7 @@ def test_every_method_has_a_finale(tmp_path, sites, method):
     run = Run(sites, tmp_path, study)
     state = run()
     assert [(r.site, r.detail) for r in state.refusals] == []
-    assert state.at_home == SITES
+    assert state.at_home == (("pooled",) if "pooled" in method else SITES)
     home = [r for r in records_of(state) if r.kept is not None]
     assert {(r.site, r.column) for r in home} == {(site, f"{method} +home") for site in SITES}
 
@@ -269,8 +270,15 @@ def test_the_model_that_is_handed_out_is_the_one_that_was_measured(
 
 
 @pytest.mark.slow
-def test_arms_may_be_named_in_any_order(tmp_path, data):
-    """The finale of one arm trains what the arm `local` would: that one must not come too late."""
+def test_in_whatever_order_arms_are_named_nothing_is_trained_twice(tmp_path, data, monkeypatch):
+    """The finale of another arm trains what the arm `local` does; a store keeps three rounds."""
+    trained: list[tuple[str, str, int]] = []
+
+    def spy(network, data, *, study, round_, **named):
+        trained.append((study.method, data.site, round_))
+        return train_round(network, data, study=study, round_=round_, **named)
+
+    monkeypatch.setattr("uharmony_client.site_round.train_round", spy)
     content = {
         "training": {"rounds": 4, "local_steps": 1, "batch_size": 1, "patch": [8, 8, 8]},
         "finale": {"steps": 1},
@@ -288,6 +296,12 @@ def test_arms_may_be_named_in_any_order(tmp_path, data):
     )
     wanted = {f"{arm}{end}" for arm in ("fedavg", "local") for end in ("", " +home")}
     assert {r.column for r in records if r.split == "test"} == wanted
+    assert sorted(trained) == sorted(
+        (arm, site, round_)
+        for arm in ("fedavg", "local")
+        for site in SITES
+        for round_ in range(1, 5)
+    )
 
 
 # --- what is refused -----------------------------------------------------------------------------

@@ -26,9 +26,9 @@ def data(tmp_path_factory) -> Path:
     return write_folder(tmp_path_factory.mktemp("lab") / "volumes", CASES)
 
 
-def write_lab(folder: Path, **changes) -> Path:
+def write_lab(folder: Path, sites: int = 2, **changes) -> Path:
     content = study_content(finale={"steps": 2}, training={"rounds": 2}) | {
-        "simulation": {"source": {"kind": "folder", "sites_from": "random", "random_sites": 2}}
+        "simulation": {"source": {"kind": "folder", "sites_from": "random", "random_sites": sites}}
     }
     folder.mkdir(exist_ok=True)
     (folder / "base.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
@@ -156,3 +156,28 @@ def test_a_dropped_site_misses_rounds_and_one_is_always_there(tmp_path, data, ca
     assert code == 0
     groups = lab_module.plan(declared, load_lab(path)[1], simulation)
     assert read_record(tmp_path / "out" / "records", groups[0][0]) is not None
+
+
+def test_a_site_that_was_left_out_is_served_step_by_step(tmp_path, data, capsys):
+    path = write_lab(
+        tmp_path / "study",
+        sites=3,
+        arms=["uharmony", "fedavg"],
+        seeds=[0],
+        grid={"shift": ["mixed-invert"], "without": ["site-3"]},
+        few_shot=[2],
+    )
+    code, error = simulate(capsys, "study", path, "--data", data, "--out", tmp_path / "out")
+    assert (code, error) == (0, "")
+    found = records(tmp_path / "out" / "records")
+    record = found["mixed-invert-1_without-site-3/uharmony_seed-0.json"]
+    assert {row["site"] for row in record["cases"]} == {"site-1", "site-2"}
+    unseen = record["unseen"]
+    assert unseen["site"] == "site-3"
+    assert set(unseen["dice"]) == {"U0", "U1", "U1 hard", "U2", "U3-2"}
+    tested = [set(by_case) for by_case in unseen["dice"].values()]
+    assert tested[0]
+    assert all(cases == tested[0] for cases in tested)
+    assert tested[0].isdisjoint(row["case"] for row in record["cases"])
+    assert 0 <= unseen["U4"]["refused"] <= 1
+    assert found["mixed-invert-1_without-site-3/fedavg_seed-0.json"]["unseen"] is None

@@ -30,11 +30,12 @@ class Instruction(Frozen):
 
     `final` asks for what is done once, after the last round; `splits` says on which cases to
     evaluate; `finale` asks for the site's own steps from the last weights, in the round after the
-    last; `finish` says that the study is over. `receipt` returns to a site what the
-    coordinator has seen of its ledger, so that neither can rewrite it later.
+    last; `publish` asks for what the site publishes, in the round after that; `finish` says that
+    the study is over. `receipt` returns to a site what the coordinator has seen of its ledger, so
+    that neither can rewrite it later.
     """
 
-    action: Literal["hello", "train", "evaluate", "finale", "finish"]
+    action: Literal["hello", "train", "evaluate", "finale", "publish", "finish"]
     study: Digest
     round: Annotated[NonNegativeInt, Field(lt=2**31)]
     base: OptionalDigest = ""

@@ -78,7 +78,8 @@ class Kind(StrEnum):
     MODEL = "model"  # server to site: the shared weights
     METRICS = "metrics"
     STATISTICS = "statistics"
-    EXPERT = "expert"
+    EXPERT = "expert"  # site to server: the residuals of its domains, by opt-in
+    PROTOTYPE = "prototype"  # site to server: its domains' mean descriptors with noise, by opt-in
 
 
 class Manifest(Frozen):

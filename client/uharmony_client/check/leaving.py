@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from uharmony_client.check.findings import Detail
-from uharmony_client.policy import differences
+from uharmony_client.policy import differences, publication_view
 from uharmony_client.site_config import SiteConfig
 from uharmony_model.errors import UHarmonyError
 from uharmony_model.exchange.partition import Partition
@@ -25,7 +25,7 @@ class Leaving:
     """Scalars that leave by part of the model, bytes of a round, values, and what stays.
 
     Bytes are those of the weights before they are compressed without loss. Weights come down as
-    fp32 whatever the codec.
+    fp32 whatever the codec. `published` says what would be given away at the end.
     """
 
     parts: dict[str, int]
@@ -36,6 +36,7 @@ class Leaving:
     values: tuple[str, ...]
     min_cases: int
     stays: int
+    published: str
 
 
 def what_leaves(
@@ -63,6 +64,7 @@ def what_leaves(
         values=study.asks if shared else (),
         min_cases=config.policy.min_cases,
         stays=sum(state[key].numel() for key in partition.local_keys),
+        published=publication_view(config.policy, study),
     )
     return leaving, noted
 

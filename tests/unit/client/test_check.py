@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from typing import Any
 
 import numpy as np
@@ -190,7 +191,7 @@ def test_a_table_that_cannot_be_read_is_a_finding_without_names(config, study):
     report = run_check(config, study)
     assert "U001" in codes(report)
     assert report.exit_code == 11
-    assert "c4" not in report.to_json()
+    assert not re.search(r"\bc4\b", report.to_json())  # not a part of a digest
     assert "c4" in run_check(config, study, reveal=True).to_json()
     config.cases.write_text("case,site,image\nc,south,i1.nii\n")
     assert "U002" in codes(run_check(config, study))

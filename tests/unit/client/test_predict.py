@@ -10,13 +10,16 @@ import torch
 from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 from safetensors.torch import load_file, save_file
 
+from tests.support import published as support
 from tests.support.nifti_files import read_nifti
 from uharmony_client import predict as module
+from uharmony_client.domain_choice import DomainChooser
 from uharmony_model.atomic import write_atomic
 from uharmony_model.bundle import load_bundle, save_bundle
 from uharmony_model.errors import StoreError
 from uharmony_model.exchange.partition import Partition
 from uharmony_model.networks import build_network
+from uharmony_model.publication import read_publication
 
 IMAGE = np.random.default_rng(0).normal(100, 20, (7, 8, 5)).astype("f4")
 OBLIQUE = {
@@ -290,3 +293,204 @@ def test_a_file_name_with_a_comma_is_one_file(write_nifti):
     path = write_nifti("a,b.nii.gz", IMAGE)
     requests = module.plan_requests([str(path)])
     assert [(r.images, r.name) for r in requests] == [((path,), "a,b")]
+
+
+@pytest.fixture
+def published(tmp_path, study):
+    """A model with published experts and prototypes."""
+    return lambda **choices: support.published_model(tmp_path / "published", study, **choices)
+
+
+def facts_of(folder, name="scan"):
+    return json.loads((folder / f"{name}_seg.json").read_text())
+
+
+def test_auto_segments_with_the_mixture_of_published_experts(
+    published, command, write_nifti, tmp_path, study
+):
+    folder, path = published(), write_nifti("scan.nii.gz", support.scan(1))
+    out = tmp_path / "out"
+    code, printed, err = command(
+        folder, path, "--domain", "auto", "--out", out, "--probabilities", "--device", "cpu"
+    )
+    assert (code, err, printed) == (0, "", f"{out / 'scan_seg.nii.gz'}\n")
+    facts = facts_of(out)
+    assert facts["nearest"] == "north.n2"
+    assert facts["gate"]["north.n2"] == max(facts["gate"].values())
+    assert sum(facts["gate"].values()) == pytest.approx(1)
+    assert facts["mixture"] == facts["gate"]
+    assert facts["distances"]["north.n2"] == facts["distance"] == pytest.approx(0, abs=1e-5)
+    assert (facts["abstained"], facts["adaptation"]) == (False, "gate")
+    assert (facts["limit"], facts["margin"], facts["false_rate"]) == (1.0, 0.1, 0.25)
+    assert (facts["site"], facts["domain"], facts["few_shot"]) == (None, None, None)
+    found = read_publication(folder)
+    assert found is not None
+    assert facts["publication"] == found.digest
+    network = DomainChooser.of(load_bundle(folder, None), found).model.network
+    row = torch.tensor([[facts["mixture"][name] for name in support.NAMES]])
+    image = nib.as_closest_canonical(read_nifti(path)).get_fdata()
+    with torch.no_grad():
+        expected = network(support.normalised(image)[None], row)[0].softmax(0)[1:].numpy()
+    written = read_nifti(out / "scan_prob.nii.gz").get_fdata()
+    np.testing.assert_allclose(written, np.moveaxis(expected, 0, -1), atol=1e-4)
+
+
+def test_auto_and_test_time_say_so(published, command, write_nifti, tmp_path):
+    path = write_nifti("scan.nii.gz", support.scan(3))
+    arguments = (published(), path, "--domain", "auto", "--test-time", "--out", tmp_path / "out")
+    assert command(*arguments)[0] == 0
+    facts = facts_of(tmp_path / "out")
+    taken = facts["test_time"]["verdict"] == "taken"
+    assert facts["adaptation"] == ("test-time" if taken else "gate")
+    assert (facts["mixture"] != facts["gate"]) == taken
+
+
+def test_without_a_publication_auto_says_that_residuals_are_zero(
+    bundle, command, write_nifti, tmp_path
+):
+    folder, path = bundle(), write_nifti("scan.nii.gz", IMAGE)
+    code, _, err = command(folder, path, "--domain", "auto", "--out", tmp_path / "auto")
+    assert code == 0
+    assert err.startswith("note: ")
+    assert err.count("\n") == 1
+    assert "all residuals are zero" in err
+    assert command(folder, path, "--out", tmp_path / "plain")[0] == 0
+    results = [(tmp_path / n / "scan_seg.nii.gz").read_bytes() for n in ("auto", "plain")]
+    assert results[0] == results[1]
+    facts = facts_of(tmp_path / "auto")
+    assert (facts["gate"], facts["limit"], facts["abstained"]) == (None, None, False)
+    assert facts["adaptation"] == facts_of(tmp_path / "plain")["adaptation"] == "none"
+
+
+def test_it_abstains_with_a_warning_and_still_segments(published, command, write_nifti, tmp_path):
+    paths = [write_nifti(f"{name}.nii.gz", support.scan(k)) for name, k in (("a", 1), ("b", 3))]
+    code, out, err = command(
+        published(limit=0.5), *paths, "--domain", "auto", "--out", tmp_path / "out"
+    )
+    assert code == 0
+    assert err.startswith("warning: b: the model abstains")
+    assert err.count("\n") == 1
+    assert "the limit is 0.5" in err
+    assert len(out.splitlines()) == 2
+    assert facts_of(tmp_path / "out", "a")["abstained"] is False
+    assert facts_of(tmp_path / "out", "b")["abstained"] is True
+
+
+def test_strict_writes_no_segmentation_and_ends_with_9(published, command, write_nifti, tmp_path):
+    paths = [write_nifti(f"{name}.nii.gz", support.scan(k)) for name, k in (("b", 3), ("a", 1))]
+    folder, out = published(limit=0.5), tmp_path / "out"
+    assert command(folder, *paths, "--out", out, "--probabilities")[0] == 0
+    arguments = ["--domain", "auto", "--strict", "--probabilities", "--force", "--out", out]
+    code, printed, err = command(folder, *paths, *arguments)
+    assert code == 9
+    assert printed == f"{out / 'a_seg.nii.gz'}\n"
+    assert "error: 1 of 2 volumes not segmented (b)" in err
+    # What lay there of an earlier call would be taken for the result.
+    expected = ["a_prob.nii.gz", "a_seg.json", "a_seg.nii.gz", "b_seg.json"]
+    assert written_files(out) == expected
+    assert facts_of(out, "b")["abstained"] is True
+
+
+def test_strict_needs_a_limit(published, bundle, command, write_nifti, tmp_path):
+    path = write_nifti("scan.nii.gz", IMAGE)
+    for folder in (published(limit=None), bundle()):
+        code, _, err = command(folder, path, "--domain", "auto", "--strict", "--out", tmp_path)
+        assert code == 2
+        assert "cannot abstain" in err
+    assert not (tmp_path / "scan_seg.nii.gz").exists()
+
+
+@pytest.fixture
+def cases(tmp_path, write_nifti):
+    """Four labelled cases as a plain folder."""
+    lines = ["case"]
+    for number in range(4):
+        label = np.zeros((8, 8, 8), np.uint8)
+        label[1:5, 2:6, 2:7] = 2
+        image = support.scan(1) + 40 * label
+        write_nifti(f"cases/images/c{number}.nii.gz", image + number)
+        write_nifti(f"cases/labels/c{number}.nii.gz", label)
+        lines.append(f"c{number}")
+    (tmp_path / "cases" / "cases.csv").write_text("\n".join(lines) + "\n")
+    return tmp_path / "cases"
+
+
+def test_a_few_labelled_cases_make_a_site_that_can_be_used_again(
+    published, command, write_nifti, tmp_path, cases
+):
+    folder, path = published(), write_nifti("scan.nii.gz", support.scan(1))
+    first, made = tmp_path / "first", tmp_path / "made"
+    code, out, err = command(
+        *(folder, path, "--few-shot", cases, "--steps", 10, "--save-model", made),
+        *("--name", "west", "--out", first),
+    )
+    assert code == 0
+    assert out == f"{first / 'scan_seg.nii.gz'}\n"
+    assert err.count("few-shot: step ") == 10
+    assert "3 cases trained on, 1 held out" in err
+    assert "use --site west" in err
+    facts = facts_of(first)
+    assert (facts["adaptation"], facts["site"], facts["domain"]) == ("few-shot", "west", "west")
+    assert facts["few_shot"]["cases"] == 4
+    assert facts["few_shot"]["dice"].keys() == {"zero", "start", "fitted"}
+    assert command(made, path, "--site", "west", "--out", tmp_path / "again")[0] == 0
+    again = facts_of(tmp_path / "again")
+    assert again["model"] == facts["model"]
+    results = [f / "scan_seg.nii.gz" for f in (first, tmp_path / "again")]
+    assert results[0].read_bytes() == results[1].read_bytes()
+    # An earlier model goes only when that is asked for; a folder that is no model never does.
+    repeat = [folder, "--few-shot", cases, "--steps", 1, "--save-model"]
+    assert "--force" in command(*repeat, made)[2]
+    assert "is no model's folder" in command(*repeat, cases, "--force")[2]
+    assert "is the model itself" in command(*repeat, folder, "--force")[2]
+    code, out, _ = command(*repeat, made, "--force", "--out", first)
+    assert (code, out) == (0, "")
+    assert load_bundle(made, "few-shot").domains == ("few-shot",)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--few-shot", "x", "--site", "north"], "leave --site and --domain out"),
+        (["--few-shot", "x", "--domain", "auto"], "leave --site and --domain out"),
+        (["--save-model", "x"], "give --few-shot DIR too"),
+        (["--test-time"], "--test-time belongs to --domain auto"),
+        (["--strict"], "--strict belongs to --domain auto"),
+        (["--strict", "--domain", "auto", "--site", "south"], "--strict belongs to --domain auto"),
+        (["--test-time", "--few-shot", "x"], "--test-time belongs to --domain auto"),
+        (["--domain", "auto", "--site", "south"], "no domain 'auto'; there are: s"),
+        (["--memory-gib", "-1"], "--memory-gib"),
+    ],
+)
+def test_choices_that_contradict_each_other(
+    bundle, command, write_nifti, tmp_path, arguments, expected
+):
+    path = write_nifti("scan.nii.gz", IMAGE)
+    code, out, err = command(bundle(), path, "--out", tmp_path / "out", *arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert expected in err
+    assert written_files(tmp_path / "out") == []
+
+
+def test_without_a_volume_there_is_nothing_to_do(bundle, command):
+    code, _, err = command(bundle())
+    assert code == 2
+    assert "no volume to segment" in err
+
+
+def test_the_memory_decides_between_one_pass_and_windows(bundle, command, write_nifti, tmp_path):
+    path = write_nifti("scan.nii.gz", support.scan(0, 16))
+    folder = bundle()
+    found = {}
+    for name, budget in (("none", []), ("little", [0]), ("much", [8])):
+        options = [option for value in budget for option in ("--memory-gib", value)]
+        out = tmp_path / name
+        assert command(folder, path, "--probabilities", "--out", out, *options)[0] == 0
+        found[name] = read_nifti(out / "scan_prob.nii.gz").get_fdata()
+    np.testing.assert_array_equal(found["little"], found["none"])
+    network = load_bundle(folder, None).network
+    image = nib.as_closest_canonical(read_nifti(path)).get_fdata()
+    with torch.no_grad():
+        whole = network(support.normalised(image)[None])[0].softmax(0)[1:].numpy()
+    np.testing.assert_allclose(found["much"], np.moveaxis(whole, 0, -1), atol=1e-4)
+    assert np.abs(found["much"] - found["none"]).max() > 1e-2

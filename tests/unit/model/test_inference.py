@@ -163,3 +163,75 @@ def test_a_device_holds_the_windows_and_the_cpu_the_volume():
     assert logits.device.type == "cpu"
     assert {x.device.type for x in network.seen} == {"cuda"}
     torch.testing.assert_close(logits, _predict(Pointwise(), image), rtol=1e-5, atol=1e-5)
+
+
+def test_weights_of_a_mixture_go_to_every_window():
+    network, weights = Pointwise(), torch.tensor([0.25, 0.75], dtype=torch.float64)
+    predict_logits(
+        network, _image(17, 6, 4), patch=PATCH, overlap=0.25, domain=weights, device="cpu"
+    )
+    for x, domain in zip(network.seen, network.domains, strict=True):
+        assert domain is not None
+        assert domain.dtype == torch.float32
+        assert domain.tolist() == [[0.25, 0.75]] * len(x)
+
+
+class Layers(nn.Module):
+    """Per voxel 3 float32 of the first layer and an eighth of 2 of the second: 12.25 + 1 bytes."""
+
+    multiple = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv3d(1, 3, 1)
+        self.second = nn.Conv3d(3, 2, 2, stride=2)
+        self.sizes: list[tuple[int, ...]] = []
+
+    def forward(self, x: Tensor, domain: Tensor | None = None) -> Tensor:
+        self.sizes.append(tuple(x.shape[2:]))
+        coarse: Tensor = self.second(self.first(x))
+        return coarse.repeat_interleave(2, 2).repeat_interleave(2, 3).repeat_interleave(2, 4)
+
+
+@pytest.mark.parametrize(("share", "whole"), [(1.0, True), (0.999, False)])
+def test_a_volume_that_fits_the_memory_takes_one_pass(share, whole):
+    # 9 x 7 x 4 voxels in a window of 10 x 8 x 4: multiples of the network's strides.
+    needed = 2 * (3 * 4 + 2 * 4 / 8) * (10 * 8 * 4)
+    network, image = Layers(), torch.randn(1, 9, 7, 4, generator=torch.Generator().manual_seed(1))
+    logits = predict_logits(
+        network,
+        image,
+        patch=PATCH,
+        overlap=0.25,
+        domain=None,
+        device="cpu",
+        memory_gib=share * needed / 2**30,
+    )
+    assert logits.shape == (2, 9, 7, 4)
+    assert network.sizes[0] == PATCH  # the window that was measured
+    assert (network.sizes[1:] == [(10, 8, 4)]) == whole
+    if not whole:
+        assert set(network.sizes[1:]) == {PATCH}
+    assert not any(module._forward_hooks for module in network.modules())
+
+
+def test_one_pass_over_the_whole_is_what_a_patch_of_that_size_gives():
+    image = _image(17, 13, 9)
+    whole = predict_logits(
+        Pointwise(), image, patch=PATCH, overlap=0.5, domain=None, device="cpu", memory_gib=1.0
+    )
+    assert torch.equal(whole, torch.stack((3 * image[0], image[1] - 1)))
+
+
+def test_a_volume_within_the_patch_is_not_measured():
+    network = Layers()
+    predict_logits(
+        network,
+        torch.zeros(1, 8, 6, 4),
+        patch=PATCH,
+        overlap=0.5,
+        domain=None,
+        device="cpu",
+        memory_gib=0.0,
+    )
+    assert network.sizes == [PATCH]

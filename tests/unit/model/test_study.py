@@ -104,3 +104,16 @@ def test_the_documentation_names_every_key():
         return found
 
     assert [name for name in sorted(names(Study)) if name not in text] == []
+
+
+def test_variants_of_a_study_share_one_local_only_model():
+    variants = [
+        tiny_study(),
+        tiny_study(method="fedprox", training={"proximal": 1.0, "head_share": 0.2}),
+        tiny_study(network={"harmonization": {"order": 2, "residuals": ["head"]}}),
+        tiny_study(federation={"server_rate": 0.5, "momentum": 0.5}),
+    ]
+    assert len({study.with_method("local").digest for study in variants}) == 1
+    assert len({study.with_method("uharmony").digest for study in variants}) == 4
+    longer = tiny_study(training={"local_steps": 9}).with_method("local")
+    assert longer.digest != variants[0].with_method("local").digest

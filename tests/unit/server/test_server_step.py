@@ -10,7 +10,7 @@ from flwr.serverapp.strategy import FedAdam
 from tests.support.tiny import tiny_study
 from uharmony_model.errors import ExchangeError
 from uharmony_model.methods import METHODS
-from uharmony_server.server_step import BETA_1, BETA_2, TAU, adam_step, next_weights
+from uharmony_server.server_step import BETA_1, BETA_2, TAU, adam_step, nesterov_step, next_weights
 from uharmony_simulation.engine import InProcessGrid
 
 N = 50
@@ -121,3 +121,27 @@ def test_an_update_of_zero_leaves_the_weights_until_there_is_momentum():
     weights, moments = next_weights(study, 2, base, base + 0.1, moments)
     further, _ = next_weights(study, 3, weights, weights.clone(), moments)
     assert bool((further > weights).all())  # 0.9 of the last round's momentum
+
+
+def test_nesterov_momentum_by_hand():
+    """Three equal updates of 1 with momentum 0.5: v = 1, 1.5, 1.75; steps 1 + v / 2."""
+    delta, moments, steps = torch.ones(3), None, []
+    for _ in range(3):
+        step, moments = nesterov_step(delta, moments, 0.5)
+        steps.append(step[0].item())
+    assert steps == [1.5, 1.75, 1.875]
+    assert moments is not None
+    assert torch.equal(moments[0], torch.full((3,), 1.75))
+
+
+def test_momentum_counts_in_the_weights_and_none_of_it_changes_nothing():
+    base, averaged = torch.zeros(4), torch.tensor([1.0, -2.0, 0.5, 0.0])
+    plain, nothing = next_weights(tiny_study(method="fedavg"), 1, base, averaged, None)
+    assert plain is averaged
+    assert nothing is None
+    study = tiny_study(method="fedavg", federation={"momentum": 0.5})
+    weights, moments = next_weights(study, 1, base, averaged, None)
+    assert torch.equal(weights, 1.5 * averaged)
+    assert moments is not None
+    again, _ = next_weights(study, 2, weights, weights + averaged, moments)
+    assert torch.equal(again, weights + 1.75 * averaged)

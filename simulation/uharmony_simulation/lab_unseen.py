@@ -1,0 +1,177 @@
+"""A site that was left out: what the ladder for unseen sites is worth on its test cases.
+
+    U0            all residuals zero
+    U1, U1 hard   the gate's mixture of the other sites' experts; the nearest one alone
+    U2            that mixture moved by entropy on the volume itself
+    U3-n          residuals fitted on n of its own training cases
+    U4            how often the gate says that it does not know
+
+Prototypes are exact here, in a frame made from the other sites' own volumes: this is what the
+ladder can do, not what a release with noise leaves of it.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from uharmony_client.case_table import CaseTable
+from uharmony_client.domain_choice import DomainChooser
+from uharmony_client.few_shot import fit_domain
+from uharmony_client.personal import local_parameters
+from uharmony_client.site import Site
+from uharmony_client.workbench import carried_after
+from uharmony_model.abstention import Abstention, left_out_distances
+from uharmony_model.bundle import Model, load_bundle
+from uharmony_model.descriptor import describe
+from uharmony_model.exchange.partition import Partition
+from uharmony_model.experts import Expert, expert_network
+from uharmony_model.gate import Gate
+from uharmony_model.inference import predict_logits
+from uharmony_model.metrics import measure_case
+from uharmony_model.networks import build_network
+from uharmony_model.presence import with_presence
+from uharmony_model.prototypes import MAX_RELEASED, PublicFrame, prototype_of
+from uharmony_model.publication import AbstentionLimit
+from uharmony_model.segmentation_network import SegmentationNetwork
+from uharmony_model.targets import to_masks, to_targets
+from uharmony_model.test_time import MixtureSearch
+
+Dice = dict[str, float]
+_SMALLEST_SCALE = 1e-3
+
+
+def measure_unseen(
+    folder: Path, opened: Sequence[Site], left: Site, few_shot: Sequence[int]
+) -> dict[str, Any]:
+    """Every step of the ladder on the test split of `left`, from the model in `folder`.
+
+    Each step gives Dice by case; `U4` the shares of volumes refused, here and among the others'
+    patients by leaving each out.
+    """
+    model = load_bundle(folder, None)
+    chooser, false_rate = _chooser(model, opened)
+    cases = left.split("test")
+    ladder: dict[str, Dice] = {"U0": {}, "U1": {}, "U1 hard": {}, "U2": {}}
+    refused = []
+    for case in cases:
+        image = _input(left, case.case)
+        chosen = chooser.choose(image)
+        searched = chooser.choose(image, search=MixtureSearch(), volume=case.case)
+        assert chosen.gate is not None  # noqa: S101 - the chooser has prototypes
+        refused.append(chosen.abstained)
+        hard = torch.zeros(len(chosen.gate.domains))
+        hard[int(chosen.gate.distances.argmin())] = 1.0
+        mixtures = {"U0": None, "U1": chosen.weights, "U1 hard": hard, "U2": searched.weights}
+        for step, mixture in mixtures.items():
+            _put(ladder[step], left, case.case, chooser.model.network, mixture)
+    for count in few_shot:
+        ladder[f"U3-{count}"] = _few_shot(chooser, left, count)
+    return {
+        "site": left.name,
+        "dice": ladder,
+        "U4": {
+            "refused": statistics.fmean(refused) if refused else None,
+            "refused among known patients": false_rate,
+        },
+    }
+
+
+def _chooser(model: Model, opened: Sequence[Site]) -> tuple[DomainChooser, float]:
+    """The gate and the experts of the sites that took part, and its false abstentions."""
+    network, study = model.network, model.study
+    assert isinstance(network, SegmentationNetwork)  # noqa: S101 - as build_network made it
+    described: dict[str, list[Any]] = {}
+    experts: dict[str, Expert] = {}
+    for site in opened:
+        local = local_parameters(carried_after(site, study.training.rounds))
+        for case in site.split("train"):
+            name = f"{site.name}.{case.domain}"
+            u = describe(network, _input(site, case.case), window=study.training.patch)
+            described.setdefault(name, []).append(u)
+            experts.setdefault(name, Expert(name, _of_domain(local, case.domain)))
+    every = np.concatenate([np.stack(rows) for rows in described.values()])
+    frame = PublicFrame.of(
+        every.shape[1],
+        seed=study.seed,
+        coordinates=min(MAX_RELEASED, every.shape[1]),
+        center=every.mean(0),
+        scale=np.maximum(every.std(0), _SMALLEST_SCALE),
+    )
+    rows = {name: frame.rows(np.stack(values)) for name, values in described.items()}
+    gate = Gate.of([prototype_of(name, values) for name, values in rows.items()])
+    limit = Abstention.of(left_out_distances(gate, rows))
+    shared = Partition.of(network, study.plan.local).split(network.state_dict())[0]
+    ordered = tuple(experts[name] for name in gate.domains)
+    mixing = expert_network(study, shared, ordered)
+    chooser = DomainChooser(
+        Model(mixing, study, mixing.domains, model.modalities, model.digest),
+        ordered,
+        gate,
+        frame,
+        AbstentionLimit(limit=limit.limit, margin=limit.margin, false_rate=limit.false_rate),
+    )
+    return chooser, limit.false_rate
+
+
+def _of_domain(local: Mapping[str, Tensor], domain: str) -> dict[str, Tensor]:
+    ending = f"@{domain}"
+    return {k.removesuffix(ending): v for k, v in local.items() if k.endswith(ending)}
+
+
+def _few_shot(chooser: DomainChooser, left: Site, count: int) -> Dice:
+    """Fit on `count` training cases, the first in the order of the table."""
+    study, cases = left.study, left.split("train")[:count]
+    with tempfile.TemporaryDirectory(prefix="uharmony-lab-") as place:
+        table = Path(place) / "cases.csv"
+        CaseTable(cases=tuple(c.model_copy(update={"split": None}) for c in cases)).write_csv(table)
+        fitted = fit_domain(chooser, table, name=left.name, device=left.device)
+    network = build_network(study, (left.name,), seed=study.seed)
+    partition = Partition.of(network, study.plan.local)
+    mixing = chooser.model.network
+    shared = Partition.of(mixing, study.plan.local).split(mixing.state_dict())[0]
+    network.load_state_dict(partition.merge(shared, fitted.local))
+    dice: Dice = {}
+    for case in left.split("test"):
+        _put(dice, left, case.case, network, torch.ones(1))
+    return dice
+
+
+def _put(
+    dice: Dice, site: Site, case: str, network: torch.nn.Module, mixture: Tensor | None
+) -> None:
+    """Measure one case under a mixture (K,) of the network's domains; None: residuals of zero."""
+    study, volume = site.study, site.volumes[case]
+    logits = predict_logits(
+        network,
+        _input(site, case),
+        patch=study.training.patch,
+        overlap=study.evaluation.overlap,
+        domain=mixture,
+        device=site.device,
+    )
+    truth = to_targets(torch.from_numpy(np.array(volume.label))[None], study.task)[0]
+    measured = measure_case(
+        to_masks(logits[None], study.task)[0],
+        truth,
+        volume.spacing_mm,
+        study.evaluation.surface_tolerance_mm,
+        slow=False,
+        annotated=site.annotated,
+    )
+    known = [values.dice for values in measured if values.dice is not None]
+    if known:
+        dice[case] = round(statistics.fmean(known), 6)
+
+
+def _input(site: Site, case: str) -> Tensor:
+    volume = site.volumes[case]
+    image = torch.from_numpy(np.array(volume.image))
+    return with_presence(image[None], [list(volume.present)], site.study.task)[0]
