@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from benchmarks.memory import peak_in_a_child
 from benchmarks.rows import Row, at_most, interleaved
 from uharmony_model.harmonize import harmonize
-from uharmony_model.study import Harmonization
+from uharmony_model.network_settings import Harmonization
 
 SHAPES = {"large": (2, 32, 64, 64, 64), "small": (2, 64, 32, 32, 32)}
 DOMAINS = ("a", "b", "c")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from uharmony_model.study import Task
+from uharmony_model.task import Task
 
 FLIP_CHANCE = 0.5
 WARP_CHANCE = 0.3

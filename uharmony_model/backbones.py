@@ -17,7 +17,7 @@ from monai.networks.nets.unet import UNet
 from torch import Tensor, nn
 
 from uharmony_model.errors import NetworkError
-from uharmony_model.study import Network
+from uharmony_model.network_settings import Network
 
 NormName = tuple[str, dict[str, Any]]
 Stages = tuple[tuple[str, ...], ...]

@@ -36,7 +36,8 @@ from uharmony_model.exchange.partition import Partition
 from uharmony_model.frozen import Frozen, parse
 from uharmony_model.methods import EVERYTHING
 from uharmony_model.networks import build_network
-from uharmony_model.study import Name, Study
+from uharmony_model.study import Study
+from uharmony_model.task import Name
 
 _MAX_JSON_BYTES = 1 << 20
 _PLACEHOLDER = "unseen"

@@ -31,7 +31,8 @@ from uharmony_model.exchange.parts import place_of
 from uharmony_model.grown_conv import grown
 from uharmony_model.methods import Place
 from uharmony_model.networks import build_network
-from uharmony_model.study import Study, Task
+from uharmony_model.study import Study
+from uharmony_model.task import Task
 
 _ANY = "any"  # shared tensors do not depend on the number of domains
 

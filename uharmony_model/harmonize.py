@@ -17,9 +17,9 @@ from uharmony_model.domains import DomainSwitch, Selection
 from uharmony_model.errors import NetworkError
 from uharmony_model.harmonic_layer import HarmonicNorm
 from uharmony_model.methods import Part
+from uharmony_model.network_settings import Harmonization
 from uharmony_model.residual_conv import Convolution, ResidualConv
 from uharmony_model.segmentation_network import SegmentationNetwork
-from uharmony_model.study import Harmonization
 from uharmony_model.u2net_blocks import DomainConv, DomainNorm
 
 CHANNEL_AXIS: dict[type[nn.Module], int] = {

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from uharmony_model.errors import ConfigError
-from uharmony_model.study import Task
 from uharmony_model.targets import (
     Annotated,
     annotated_classes,
@@ -22,6 +21,7 @@ from uharmony_model.targets import (
     merge_unannotated,
     to_targets,
 )
+from uharmony_model.task import Task
 
 # `batch=True`: intersections and sizes are summed over the batch before the quotient. A patch
 # without foreground then still counts, through the false positives it adds; alone, its Dice term

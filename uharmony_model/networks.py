@@ -12,11 +12,12 @@ from uharmony_model.backbones import BACKBONES, BATCH, INSTANCE, Backbone
 from uharmony_model.errors import ConfigError, NetworkError
 from uharmony_model.harmonize import harmonize
 from uharmony_model.methods import Place
+from uharmony_model.network_settings import Harmonization, Network
 from uharmony_model.perxan import with_perxan
 from uharmony_model.presence import input_channels
 from uharmony_model.randomness import seed_for
 from uharmony_model.segmentation_network import SegmentationNetwork, wrong_size
-from uharmony_model.study import Harmonization, Network, Study
+from uharmony_model.study import Study
 from uharmony_model.u2net import U2Net
 
 DEPTHWISE_STAGES = slice(1, 3)  # the two below the stem, which has residuals of its own

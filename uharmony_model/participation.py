@@ -16,7 +16,7 @@ from uharmony_model.atomic import write_atomic
 from uharmony_model.errors import ConfigError, PayloadError
 from uharmony_model.exchange.canonical import canonical_json, parse_canonical
 from uharmony_model.frozen import Frozen
-from uharmony_model.study import Name
+from uharmony_model.task import Name
 
 MAX_BYTES = 1 << 26
 RoundNumber = Annotated[int, Field(ge=1, le=10**9)]

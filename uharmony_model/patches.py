@@ -20,7 +20,8 @@ from uharmony_model.augment import change_intensity, covered_box, draw_geometry,
 from uharmony_model.errors import DataError
 from uharmony_model.presence import drop_modalities, with_presence
 from uharmony_model.randomness import numpy_generator
-from uharmony_model.study import Task, Training
+from uharmony_model.task import Task
+from uharmony_model.training_settings import Training
 
 Triple = tuple[int, int, int]
 

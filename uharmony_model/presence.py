@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from uharmony_model.errors import DataError
-from uharmony_model.study import Task
+from uharmony_model.task import Task
 
 
 def input_channels(task: Task) -> int:

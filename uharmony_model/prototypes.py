@@ -26,7 +26,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 from uharmony_model.errors import ConfigError
 from uharmony_model.frozen import Frozen
 from uharmony_model.randomness import numpy_generator
-from uharmony_model.study import Name
+from uharmony_model.task import Name
 
 MIN_PATIENTS = 10
 """Nothing made of fewer patients leaves a site."""

@@ -42,7 +42,7 @@ from uharmony_model.errors import ConfigError, StoreError
 from uharmony_model.experts import Expert, experts_of
 from uharmony_model.frozen import Frozen, parse
 from uharmony_model.prototypes import MAX_RELEASED, MIN_PATIENTS, Prototype, PublicFrame
-from uharmony_model.study import Name
+from uharmony_model.task import Name
 
 EXPERTS, PROTOTYPES = "experts", "prototypes.json"
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from uharmony_model.study import Publishable, Split, Study
+from uharmony_model.evaluation_settings import Split
+from uharmony_model.exchange_settings import Publishable
+from uharmony_model.study import Study
 
 
 def splits_due(study: Study, round_: int) -> tuple[Split, ...]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from uharmony_model.errors import ConfigError
-from uharmony_model.study import Task
+from uharmony_model.task import Task
 
 Annotated = Tensor | Sequence[bool]
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import csv
 import io
 import logging
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,11 +19,12 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field, model_validator
 
+from uharmony_client.splits import draw_splits
 from uharmony_model.atomic import write_atomic
 from uharmony_model.errors import ConfigError, DataError
+from uharmony_model.evaluation_settings import Evaluation, Split
 from uharmony_model.frozen import Frozen, parse
-from uharmony_model.randomness import numpy_generator
-from uharmony_model.study import Evaluation, Name, Split
+from uharmony_model.task import Name
 
 log = logging.getLogger(__name__)
 
@@ -152,32 +152,6 @@ class CaseTable(Frozen):
         write_atomic(path, text.getvalue().encode())
 
 
-def draw_splits(
-    patients: Iterable[str], evaluation: Evaluation, split_seed: int, site: str
-) -> dict[str, Split]:
-    """Draw a site's patients into splits; at least one is left to train on.
-
-    Counts are the shares rounded half up, at least one test patient of three and one validation
-    patient of four when their share is not zero. Of several folds every patient is in one.
-    """
-    ordered = sorted(set(patients))
-    numpy_generator(split_seed, site, "splits").shuffle(ordered)
-    n = len(ordered)
-    if evaluation.folds is None:
-        test = _count(evaluation.test, n, at_least_one_of=3)
-    else:
-        tested = ordered[evaluation.fold :: evaluation.folds]
-        ordered = tested + [patient for patient in ordered if patient not in set(tested)]
-        test = len(tested)
-    validation = _count(evaluation.validation, n, at_least_one_of=4)
-    test = min(test, max(n - 1, 0))
-    validation = min(validation, max(n - 1 - test, 0))
-    splits: list[Split] = [
-        "test" if i < test else "validation" if i < test + validation else "train" for i in range(n)
-    ]
-    return dict(zip(ordered, splits, strict=True))
-
-
 def read_rows(path: Path, known: Iterable[str] = COLUMNS) -> list[dict[str, str]]:
     """The rows of a CSV file (comma or semicolon), unknown columns refused.
 
@@ -285,11 +259,6 @@ def _one_site_each(cases: Iterable[Case]) -> None:
                 f"patient {case.patient} is at the sites {_list(sorted(sites[case.patient]))}; "
                 "give each patient to one site, or make the names differ if they are two people"
             )
-
-
-def _count(share: float, n: int, *, at_least_one_of: int) -> int:
-    rounded = math.floor(share * n + 0.5)
-    return max(rounded, 1) if share > 0 and n >= at_least_one_of else rounded
 
 
 def _several(cell: str) -> list[str]:

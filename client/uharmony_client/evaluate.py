@@ -19,12 +19,12 @@ from uharmony_client.case_table import Case
 from uharmony_client.site import Site
 from uharmony_client.small_cells import shown_count, withheld
 from uharmony_model.atomic import write_atomic
+from uharmony_model.evaluation_settings import METRICS, Split
 from uharmony_model.exchange.payload import Value
 from uharmony_model.inference import predict_logits
 from uharmony_model.metrics import bootstrap_interval, measure_case
 from uharmony_model.presence import with_presence
 from uharmony_model.randomness import numpy_generator
-from uharmony_model.study import METRICS, Split
 from uharmony_model.targets import to_masks, to_targets
 
 __all__ = ["METRICS", "CaseRow", "evaluate_split", "predict_masks", "save_rows", "summarise"]

@@ -39,8 +39,8 @@ from uharmony_model.networks import build_network
 from uharmony_model.presence import with_presence
 from uharmony_model.randomness import numpy_generator
 from uharmony_model.segmentation_network import SegmentationNetwork
-from uharmony_model.study import Task
 from uharmony_model.targets import to_masks, to_targets
+from uharmony_model.task import Task
 
 STEPS = 200
 LEAST_CASES = 2

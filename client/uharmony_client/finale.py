@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from uharmony_client.evaluate import evaluate_split
 from uharmony_client.local_store import UNFINISHED, RoundKey
+from uharmony_client.local_train import learning_rate
 from uharmony_client.optimizer import make_optimizer, restore_moments
 from uharmony_client.personal import by_name, from_names, model_state, personal_part
 from uharmony_client.site import Site
@@ -26,7 +27,8 @@ from uharmony_client.step_checkpoint import StepCheckpoint
 from uharmony_client.training_steps import StepListener, cosine, run_steps
 from uharmony_model.atomic import make_directory, remove_directory, write_atomic
 from uharmony_model.exchange.partition import Partition
-from uharmony_model.study import Candidate as Name
+from uharmony_model.study import Study
+from uharmony_model.training_settings import Candidate as Name
 
 State = dict[str, Tensor]
 log = logging.getLogger(__name__)
@@ -155,7 +157,6 @@ def _trained(
         RoundKey(key.study, key.round, f"{key.base}/{way}"),
         site.config.resources.checkpoint_steps,
     )
-    highest = settings.rate * study.training.learning_rate
     run_steps(
         network,
         optimizer,
@@ -163,7 +164,7 @@ def _trained(
         study,
         round_=key.round,
         count=settings.steps,
-        rate=lambda step: cosine(highest, step / settings.steps),
+        rate=lambda step: _rate(study, step),
         learns=lambda step: own if way == "own" else None,
         unfinished=checkpoint.of(network, optimizer, carried),
         on_step=on_step,
@@ -171,6 +172,13 @@ def _trained(
     trained = detached(network)
     # Statistics of shared norms move while their weights stay.
     return trained | ({k: start[k] for k in partition.shared_keys} if way == "own" else {})
+
+
+def _rate(study: Study, step: int) -> float:
+    training, finale = study.training, study.finale
+    if finale.rate is None:
+        return learning_rate(study, training.rounds * training.local_steps + step)
+    return cosine(finale.rate * training.learning_rate, step / finale.steps)
 
 
 def _kept(path: Path, network: nn.Module, make: Callable[[], State]) -> State:

@@ -16,12 +16,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from uharmony_client.alone import alone_candidate
+from uharmony_client.approval import approved_order
 from uharmony_client.evaluate import summarise
+from uharmony_client.failures import no_room, speakable
 from uharmony_client.ledger import Ledger
 from uharmony_client.outgoing import Outgoing
 from uharmony_client.publish import publish
@@ -36,16 +37,12 @@ from uharmony_client.site_round import (
 )
 from uharmony_client.small_cells import EQUAL, update_values
 from uharmony_client.workbench import Workbench
-from uharmony_model.errors import ExchangeError, StoreError, TrainingError
+from uharmony_model.errors import ExchangeError, StoreError
 from uharmony_model.exchange.hello import Hello
 from uharmony_model.exchange.instruction import Instruction, Receipt
 from uharmony_model.schedule import (
     finale_round,
-    publication_due,
-    publication_round,
-    splits_due,
 )
-from uharmony_model.study import Study
 
 log = logging.getLogger(__name__)
 OpenSite = Callable[[Context], Site]
@@ -195,57 +192,11 @@ def _bench(desk: _Desk, site: Site, order: Instruction, message: Message) -> Ben
     return Bench(network, partition, weights, order.base)
 
 
-def _order_of(message: Message, site: Site, action: str) -> Instruction:
-    """The instruction.
-
-    Raises:
-        ExchangeError: it cannot be read, is of a study this site did not approve, or asks for
-            another thing than the message it came in.
-    """
+def _instruction_of(message: Message) -> str:
     try:
-        text = message.content.config_records["instruction"]["json"]
+        return str(message.content.config_records["instruction"]["json"])
     except KeyError:
         raise ExchangeError("a message without an instruction; send one") from None
-    order = Instruction.from_json(str(text))
-    if order.action != action:
-        raise ExchangeError(f"a message for {action} asks for {order.action}; send one of a kind")
-    if order.study != site.study.digest:
-        raise ExchangeError(
-            f"asked for study {order.study[:12]}, this site approved {site.study.digest[:12]}; "
-            "approve the changed study as a new one"
-        )
-    _refuse_what_was_not_approved(order, site.study)
-    return order
-
-
-def _refuse_what_was_not_approved(order: Instruction, study: Study) -> None:
-    """The hospital approved so many rounds, and what is measured after each.
-
-    Raises:
-        ExchangeError: the order asks for another round, or for other measurements.
-    """
-    rounds = study.training.rounds
-    if order.action == "finale" and (order.round != rounds + 1 or not study.finale.steps):
-        raise ExchangeError(
-            f"asked for a finale as round {order.round}; approved are {study.finale.steps} steps "
-            f"at home, after round {rounds}"
-        )
-    if order.action == "publish" and (
-        order.round != publication_round(study) or not publication_due(study)
-    ):
-        raise ExchangeError(
-            f"asked to publish as round {order.round}; approved is to publish "
-            f"{', '.join(publication_due(study)) or 'nothing'}, as round {publication_round(study)}"
-        )
-    if order.action in ("train", "evaluate") and not 1 <= order.round <= rounds:
-        raise ExchangeError(f"asked for round {order.round}, approved are rounds 1 to {rounds}")
-    if order.action == "evaluate":
-        due, last = splits_due(study, order.round), order.round == rounds
-        if order.splits != due or order.final != last:
-            raise ExchangeError(
-                f"asked to measure {', '.join(order.splits) or 'nothing'} after round "
-                f"{order.round}; approved is {', '.join(due) or 'nothing'}"
-            )
 
 
 def _payload_of(message: Message) -> bytes:
@@ -277,7 +228,7 @@ def _answer(desk: _Desk, message: Message, context: Context, action: str, work: 
     try:
         site = desk.open_site(context)
         out = desk.outgoing(site)
-        order = _order_of(message, site, action)
+        order = approved_order(_instruction_of(message), site.study, action)
         desk.listeners.instruction(order)
         if order.receipt not in (None, desk.receipt) and out.ledger is not None:
             desk.receipt = order.receipt
@@ -286,9 +237,9 @@ def _answer(desk: _Desk, message: Message, context: Context, action: str, work: 
     except Exception as error:  # whatever goes wrong here, its text stays here
         log.warning("refused: %s", error)
         log.debug("where it went wrong", exc_info=True)
-        if _no_room(error):
+        if no_room(error):
             raise
-        text = json.dumps({"detail": _speakable(error)})
+        text = json.dumps({"detail": speakable(error)})
         if out is not None:
             study, round_ = ("", 0) if order is None else (order.study, order.round)
             text = out.text("refusal", study, round_, text)
@@ -306,22 +257,6 @@ def _keep_receipt(ledger: Ledger, receipt: Receipt) -> None:
     except StoreError as error:
         # The round does not depend on it, but somebody should look.
         log.warning("the coordinator has seen another ledger than this one: %s", error)
-
-
-def _no_room(error: Exception) -> bool:
-    """A full disk or memory passes; the site starts again and is asked again."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    if isinstance(error, RuntimeError) and "allocate memory" in str(error):
-        return True
-    return isinstance(error, StoreError) and isinstance(error.__cause__, OSError)
-
-
-def _speakable(error: Exception) -> str:
-    """What the coordinator is told. Errors about data and files name cases and folders."""
-    if isinstance(error, ExchangeError | TrainingError):
-        return str(error)[:300]
-    return f"{type(error).__name__}; the reason stands in the site's own log"
 
 
 def _listener(desk: _Desk, site: Site, round_: int) -> Callable[[int, float], None] | None:

@@ -10,7 +10,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from uharmony_model.study import Intensity, Percentile, Suv, Window, ZScore
+from uharmony_model.task import Intensity, Percentile, Suv, Window, ZScore
 
 
 def apply_intensity(channel: NDArray[np.float32], policy: Intensity) -> None:

@@ -26,7 +26,7 @@ from uharmony_model.exchange.partition import Partition
 from uharmony_model.exchange.parts import place_of
 from uharmony_model.exchange.schema import flatten, unflatten
 from uharmony_model.methods import Place
-from uharmony_model.study import Study, Training
+from uharmony_model.study import Study
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def train_round(
         study,
         round_=round_,
         count=training.local_steps,
-        rate=lambda step: learning_rate(training, (round_ - 1) * training.local_steps + step),
+        rate=lambda step: learning_rate(study, (round_ - 1) * training.local_steps + step),
         learns=_learners(network, study),
         pull=_proximal(network, study, shared),
         unfinished=unfinished,
@@ -91,11 +91,16 @@ def train_round(
     return RoundResult(update, local, loss)
 
 
-def learning_rate(training: Training, step: int) -> float:
-    """The rate at one step of all `rounds * local_steps`: a pure function, so no state to carry."""
+def learning_rate(study: Study, step: int) -> float:
+    """The rate at one step of all, a pure function: no state to carry.
+
+    The steps at home after the last round count, unless they have a rate of their own.
+    """
+    training, finale = study.training, study.finale
+    steps = training.rounds * training.local_steps + (finale.steps if finale.rate is None else 0)
     if training.schedule == "constant":
         return training.learning_rate
-    return cosine(training.learning_rate, step / (training.rounds * training.local_steps))
+    return cosine(training.learning_rate, step / steps)
 
 
 def _learners(network: nn.Module, study: Study) -> Callable[[int], Collection[str] | None]:
@@ -145,7 +150,7 @@ def _train_twin(
         study,
         round_=round_,
         count=training.local_steps,
-        rate=lambda step: learning_rate(training, (round_ - 1) * training.local_steps + step),
+        rate=lambda step: learning_rate(study, (round_ - 1) * training.local_steps + step),
         pull=Pull(training.proximal, {k: v.to(device) for k, v in shared.items()}),
     )
     state = {k: v.detach().cpu() for k, v in network.state_dict().items()}

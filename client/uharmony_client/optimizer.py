@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from uharmony_model.exchange.partition import part_of
 from uharmony_model.harmonize import stacked_keys
 from uharmony_model.methods import RESIDUALS
-from uharmony_model.study import Training
+from uharmony_model.training_settings import Training
 
 PREFIX = "optimizer/"
 _MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}

@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Literal, get_args
 from pydantic import Field, PositiveFloat, field_validator
 
 from uharmony_model.errors import ConfigError, ExchangeError
+from uharmony_model.evaluation_settings import METRICS, Metric
+from uharmony_model.exchange_settings import Publishable
 from uharmony_model.frozen import Frozen
 from uharmony_model.methods import Part
 from uharmony_model.schedule import publication_due
-from uharmony_model.study import CANDIDATES, METRICS, Metric, Publishable, Study
+from uharmony_model.study import Study
+from uharmony_model.training_settings import CANDIDATES
 
 if TYPE_CHECKING:  # a command that only reads site.yaml need not load torch
     from torch import Tensor

@@ -38,11 +38,11 @@ from uharmony_model.exchange.published import (
     published_name,
 )
 from uharmony_model.exchange.schema import Schema, flatten
+from uharmony_model.exchange_settings import Publication, Publishable
 from uharmony_model.presence import with_presence
 from uharmony_model.prototypes import MIN_PATIENTS, PublicFrame, release_prototype
 from uharmony_model.schedule import publication_due, publication_round
 from uharmony_model.segmentation_network import SegmentationNetwork
-from uharmony_model.study import Publication, Publishable
 
 log = logging.getLogger(__name__)
 

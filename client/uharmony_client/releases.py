@@ -14,7 +14,7 @@ from pathlib import Path
 from uharmony_model.atomic import make_directory, write_atomic
 from uharmony_model.errors import PayloadError, StoreError
 from uharmony_model.exchange.payload import Manifest, read_manifest
-from uharmony_model.study import Publishable
+from uharmony_model.exchange_settings import Publishable
 
 PLACE = Path("ledger") / "releases"
 

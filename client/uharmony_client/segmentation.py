@@ -18,7 +18,7 @@ from uharmony_model.bundle import Model
 from uharmony_model.errors import DataError
 from uharmony_model.inference import predict_logits
 from uharmony_model.presence import present_channels, with_presence
-from uharmony_model.study import Task
+from uharmony_model.task import Task
 
 
 @dataclass(frozen=True)

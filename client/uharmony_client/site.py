@@ -18,8 +18,9 @@ from uharmony_client.site_config import SiteConfig, load_cases
 from uharmony_client.training_steps import LocalData
 from uharmony_client.volume_store import VolumeStore
 from uharmony_model.errors import DataError
+from uharmony_model.evaluation_settings import Split
 from uharmony_model.patches import StoredVolume
-from uharmony_model.study import Split, Study
+from uharmony_model.study import Study
 
 Opened = Callable[[str, int, int], None]
 

@@ -13,7 +13,7 @@ from uharmony_client.policy import Policy
 from uharmony_client.readers import read_cases
 from uharmony_model.errors import ConfigError, DataError
 from uharmony_model.frozen import Frozen, parse, read_yaml
-from uharmony_model.study import Name, Task
+from uharmony_model.task import Name, Task
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 LabelValue = Annotated[int, Field(ge=0, le=65535)]

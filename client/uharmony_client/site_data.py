@@ -21,7 +21,7 @@ from uharmony_client.site_config import SiteConfig
 from uharmony_client.volume_header import VolumeHeader
 from uharmony_model.errors import DataError
 from uharmony_model.presence import present_channels
-from uharmony_model.study import Task
+from uharmony_model.task import Task
 
 _WHOLE = 1e-3  # how far a label may be from a whole number; float files carry scaling errors
 

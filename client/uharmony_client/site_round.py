@@ -25,12 +25,12 @@ from uharmony_client.training_steps import StepListener
 from uharmony_client.workbench import carried_after
 from uharmony_model.atomic import write_atomic
 from uharmony_model.errors import ExchangeError
+from uharmony_model.evaluation_settings import Split
 from uharmony_model.exchange.partition import Partition
 from uharmony_model.exchange.payload import Kind, Value, encode
 from uharmony_model.exchange.schema import unflatten
 from uharmony_model.initial import initial_local
 from uharmony_model.schedule import finale_round, splits_due
-from uharmony_model.study import Split
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from uharmony_model.atomic import make_directory, remove_directory, temporary_di
 from uharmony_model.errors import DataError, StoreError
 from uharmony_model.frozen import Frozen
 from uharmony_model.randomness import numpy_generator
-from uharmony_model.study import Task
+from uharmony_model.task import Task
 
 log = logging.getLogger(__name__)
 

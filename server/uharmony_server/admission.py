@@ -36,9 +36,9 @@ from uharmony_model.exchange.published import (
     patients_of,
 )
 from uharmony_model.exchange.schema import Schema, unflatten
+from uharmony_model.exchange_settings import Publication, Publishable
 from uharmony_model.frozen import Frozen
 from uharmony_model.prototypes import noise_deviation
-from uharmony_model.study import Publication, Publishable
 
 CASES = "cases"  # the manifest value with the number of training cases
 STARTED_FROM = "started_from"  # the round whose outcome the site's own parameters come from

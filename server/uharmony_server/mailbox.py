@@ -21,7 +21,7 @@ from uharmony_model.atomic import write_atomic
 from uharmony_model.exchange.canonical import Digest, canonical_json
 from uharmony_model.exchange.joining import EnrolmentAnswer, EnrolmentRequest, RenewalRequest
 from uharmony_model.frozen import Frozen
-from uharmony_model.study import Name
+from uharmony_model.task import Name
 
 MAX_LETTER_BYTES = 1 << 17
 STALE_SECONDS = 120.0

@@ -7,8 +7,10 @@ from typing import get_args
 from pydantic import ValidationError
 
 from uharmony_model.errors import ExchangeError
+from uharmony_model.evaluation_settings import Split
 from uharmony_model.exchange.payload import Value
-from uharmony_model.study import CANDIDATES, Split, Study
+from uharmony_model.study import Study
+from uharmony_model.training_settings import CANDIDATES
 from uharmony_server.admission import AdmittedMetrics
 from uharmony_server.records import Record
 

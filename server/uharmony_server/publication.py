@@ -31,6 +31,7 @@ from uharmony_model.exchange.published import (
     published_name,
 )
 from uharmony_model.exchange.schema import unflatten
+from uharmony_model.exchange_settings import Publishable
 from uharmony_model.prototypes import Prototype, noise_deviation, publishable, stacked_means
 from uharmony_model.publication import (
     AbstentionLimit,
@@ -41,7 +42,7 @@ from uharmony_model.publication import (
     write_publication,
 )
 from uharmony_model.schedule import publication_due
-from uharmony_model.study import Publishable, Study
+from uharmony_model.study import Study
 from uharmony_server.admission import (
     AdmittedRelease,
     Expected,

@@ -15,10 +15,10 @@ from uharmony_model.atomic import make_directory, write_atomic
 from uharmony_model.errors import ConfigError, PartitionError, PayloadError, StoreError
 from uharmony_model.exchange.canonical import Digest, canonical_json, parse_canonical
 from uharmony_model.exchange.published import Reason
+from uharmony_model.exchange_settings import Publishable
 from uharmony_model.frozen import Frozen
 from uharmony_model.prototypes import Prototype
 from uharmony_model.publication import Publication, read_publication, write_publication
-from uharmony_model.study import Publishable
 from uharmony_server.publication import Published
 
 _FILE = "published.json"

@@ -25,8 +25,9 @@ from pydantic import (
 
 from uharmony_model.atomic import write_atomic
 from uharmony_model.errors import StoreError
+from uharmony_model.evaluation_settings import METRICS, Split
 from uharmony_model.frozen import Frozen
-from uharmony_model.study import METRICS, Candidate, Split
+from uharmony_model.training_settings import Candidate
 
 AT_HOME = " +home"  # after an arm's name: with the sites' own last steps
 MAX_RESULTS_BYTES = 1 << 28

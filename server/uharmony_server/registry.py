@@ -24,7 +24,7 @@ from uharmony_model.errors import ConfigError, ExchangeError, StoreError
 from uharmony_model.exchange.canonical import Digest, canonical_json, explain
 from uharmony_model.exchange.joining import LedgerKey, NodeKey, Seconds
 from uharmony_model.frozen import Frozen, parse
-from uharmony_model.study import Name
+from uharmony_model.task import Name
 
 MAX_RECORD_BYTES = 1 << 16
 HOUR = 3600

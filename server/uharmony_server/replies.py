@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from uharmony_model.errors import ExchangeError
 from uharmony_model.exchange.hello import Hello
 from uharmony_model.exchange.instruction import Receipt
-from uharmony_model.study import PUBLISHABLE
+from uharmony_model.exchange_settings import PUBLISHABLE
 from uharmony_server.admission import Refusal, RefusalReason
 from uharmony_server.publication import Answer
 

@@ -22,7 +22,8 @@ from uharmony_model.exchange.schema import Schema
 from uharmony_model.schedule import publication_due, splits_due
 from uharmony_model.study import Study
 from uharmony_server.checkpoint import Checkpoint, load_latest, save
-from uharmony_server.strategy import HarmonyStrategy, SiteOf
+from uharmony_server.roster import SiteOf
+from uharmony_server.strategy import HarmonyStrategy
 
 OnRound = Callable[[Checkpoint], None]
 Late = tuple[str, int]  # site, round

@@ -29,10 +29,10 @@ from uharmony_model.study import Study
 from uharmony_server.checkpoint import Checkpoint
 from uharmony_server.publication import hand_out
 from uharmony_server.rounds import OnRound, run_rounds
+from uharmony_simulation.division import POOLED
 from uharmony_simulation.engine import InProcessGrid, site_of
 from uharmony_simulation.participation import ParticipationGrid
 from uharmony_simulation.ray_engine import run_with_ray
-from uharmony_simulation.sites import POOLED
 
 
 @dataclass(frozen=True)

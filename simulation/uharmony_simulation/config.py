@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from uharmony_model.frozen import Frozen
-from uharmony_model.study import Name
+from uharmony_model.task import Name
 from uharmony_simulation.scanners import EFFECTS, Effect
 
 

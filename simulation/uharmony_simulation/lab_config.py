@@ -23,13 +23,15 @@ from pydantic import Field, JsonValue, NonNegativeInt, PositiveInt, field_valida
 from uharmony_model.errors import ConfigError
 from uharmony_model.frozen import Frozen, parse, read_yaml
 from uharmony_model.methods import METHODS
-from uharmony_model.study import Name, Study, load_study
+from uharmony_model.study import Study, load_study
+from uharmony_model.task import Name
 from uharmony_simulation.config import FolderSource, ScannerSettings, Simulation
 from uharmony_simulation.scanners import EFFECTS, MAX_STRENGTH, Effect
 
 Kind = Literal["none", "contrast", "bias", "resolution", "noise", "mixed", "invert", "mixed-invert"]
 Strength = Annotated[float, Field(gt=0, le=MAX_STRENGTH)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+WholeShare = Annotated[float, Field(ge=0, le=1)]
 REFERENCE = "local"
 
 
@@ -56,8 +58,8 @@ class Cell(Frozen):
     sites: PositiveInt | None = None
     cases: PositiveInt | None = None
     imbalance: Annotated[float, Field(ge=1)] = 1.0
-    labels_lost: Share = 0.0
-    modalities_lost: Share = 0.0
+    labels_lost: WholeShare = 0.0
+    modalities_lost: WholeShare = 0.0
     dropout: Share = 0.0
     without: Name | None = None
 
@@ -100,8 +102,8 @@ class Grid(Frozen):
     sites: tuple[PositiveInt | None, ...] = (None,)
     cases: tuple[PositiveInt | None, ...] = (None,)
     imbalance: tuple[Annotated[float, Field(ge=1)], ...] = (1.0,)
-    labels_lost: tuple[Share, ...] = (0.0,)
-    modalities_lost: tuple[Share, ...] = (0.0,)
+    labels_lost: tuple[WholeShare, ...] = (0.0,)
+    modalities_lost: tuple[WholeShare, ...] = (0.0,)
     dropout: tuple[Share, ...] = (0.0,)
     without: tuple[Name | None, ...] = (None,)
 

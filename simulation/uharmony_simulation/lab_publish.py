@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from uharmony_model.atomic import make_directory, write_atomic
 from uharmony_model.study import Study
 from uharmony_simulation.config import Simulation
 from uharmony_simulation.lab import Places, plan
-from uharmony_simulation.lab_config import Lab
+from uharmony_simulation.lab_config import REFERENCE, Lab
 from uharmony_simulation.lab_task import Task, read_record
 from uharmony_simulation.paired import CaseScore, Cost
 from uharmony_simulation.sites import attribution
@@ -38,7 +39,7 @@ def publish(lab: Lab, study: Study, simulation: Simulation, places: Places) -> N
     tables = write_study_report(
         places.out / "report.html",
         title=lab.name,
-        scores=[score for task, record in done for score in _scores(task, record)],
+        scores=[*(s for task, record in done for s in _scores(task, record)), *_left_out(done)],
         costs=[_cost(task, record) for task, record in done],
         matrices=matrices,
         swaps=[swap for task, record in done for swap in _swaps(task, record)],
@@ -67,6 +68,40 @@ def _scores(task: Task, record: dict[str, Any]) -> list[CaseScore]:
         )
         for row in record["cases"]
     ]
+
+
+def _left_out(done: Done) -> list[CaseScore]:
+    """The ladder at sites that were left out, beside the same sites taking part and alone."""
+    scores: list[CaseScore] = []
+    there = {(t.cell.name, t.arm.name, t.seed, t.fold): (t, r) for t, r in done}
+    for task, record in done:
+        if record["unseen"] is None:
+            continue
+        site, cell = record["unseen"]["site"], f"{task.cell.place.title}, left out"
+        beside = there.get((task.cell.place.name, task.arm.name, task.seed, task.fold))
+        alone = there.get((task.cell.place.name, REFERENCE, task.seed, task.fold))
+        patients: dict[str, str] = {}
+        for found, name in ((beside, f"{task.arm.name} taking part"), (alone, REFERENCE)):
+            if found is None:
+                continue
+            own = [s for s in _scores(*found) if s.site == site and not s.at_home]
+            patients |= {s.case: s.patient for s in own}
+            scores += [replace(s, arm=name, cell=cell) for s in own]
+        for step, dice in record["unseen"]["dice"].items():
+            scores += [
+                CaseScore(
+                    arm=f"{task.arm.name} {step}",
+                    at_home=False,
+                    cell=cell,
+                    seed=task.seed,
+                    site=site,
+                    case=case,
+                    patient=patients.get(case, case),
+                    dice=value,
+                )
+                for case, value in dice.items()
+            ]
+    return list(dict.fromkeys(scores))  # the site alone stands beside every arm
 
 
 def _cost(task: Task, record: dict[str, Any]) -> Cost:

@@ -7,7 +7,6 @@ alone: what has one is not trained again, on whatever machine it was made.
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import resource
 import shutil
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 
 from uharmony_client.evaluate import CaseRow, evaluate_split
 from uharmony_client.flower_app import OnStep
@@ -62,11 +62,44 @@ class Task:
         return f"{self.cell.name}/{self.arm.name}_seed-{self.seed}{fold}"
 
     @property
-    def key(self) -> str:
-        """SHA-256 of everything that decides the result but the data and the code."""
-        text = f"{self.study.canonical_json()}\n{self.simulation.model_dump_json()}"
-        cell = f"{self.cell.dropout} {self.cell.without or ''}"
-        return hashlib.sha256(f"{text}\n{cell}".encode()).hexdigest()
+    def declared(self) -> dict[str, Any]:
+        """Everything that decides the result but the data and the code."""
+        return {
+            "study": self.study.model_dump(mode="json"),
+            "simulation": self.simulation.model_dump(mode="json"),
+            "cell": self.cell.model_dump(mode="json"),
+        }
+
+    def made(self, record: dict[str, Any]) -> bool:
+        """Whether a record is of this task; settings that are newer must be at their defaults."""
+        declared = record.get("declared", {})
+        return all(
+            _same(declared.get(name), model)
+            for name, model in (
+                ("study", self.study),
+                ("simulation", self.simulation),
+                ("cell", self.cell),
+            )
+        )
+
+
+def _same(recorded: object, current: BaseModel) -> bool:
+    """Whether a recorded model is the current one, but for fields that did not exist then."""
+    fields = type(current).model_fields
+    if not isinstance(recorded, dict) or not recorded.keys() <= fields.keys():
+        return False
+    dumped = current.model_dump(mode="json")
+    for name, field in fields.items():
+        value = getattr(current, name)
+        if name not in recorded:
+            if value != field.get_default(call_default_factory=True):
+                return False
+        elif isinstance(value, BaseModel):
+            if not _same(recorded[name], value):
+                return False
+        elif recorded[name] != dumped[name]:
+            return False
+    return True
 
 
 def read_record(records: Path, task: Task) -> dict[str, Any] | None:
@@ -82,7 +115,7 @@ def read_record(records: Path, task: Task) -> dict[str, Any] | None:
         record: dict[str, Any] = json.loads(path.read_bytes())
     except ValueError:
         raise StoreError(f"{path}: not readable; remove it to train this task again") from None
-    if record.get("key") != task.key:
+    if record.get("format") != FORMAT or not task.made(record):
         raise StoreError(
             f"{path}: made by another version of this study; a changed study is a new study: "
             "give another --records folder, or remove the file to train this task again"
@@ -123,7 +156,7 @@ def run_task(
     state = read_latest(folder / "server", arm.study.digest, schema)
     record = {
         "format": FORMAT,
-        "key": task.key,
+        "declared": task.declared,
         "cell": task.cell.name,
         "arm": task.arm.name,
         "method": task.arm.method,
@@ -151,7 +184,8 @@ def run_task(
     if swap and state is not None and not arm.study.plan.pooled:
         shared = unflatten(state.global_, schema)
         record["matrix"], record["swaps"] = _swapped(arm.study, opened, shared, state.round)
-    if task.cell.without is not None and ladder_applies(arm.study):
+    plan = arm.study.plan
+    if task.cell.without is not None and plan.serves_unseen and not plan.pooled:
         left = opener.named(task.cell.without)
         record["unseen"] = measure_unseen(folder / "model", opened, left, few_shot)
     path = records / f"{task.name}.json"
@@ -159,12 +193,6 @@ def run_task(
     write_atomic(path, json.dumps(record).encode(), mode=0o644)
     _clear(folder, opened, keep=task.arm.method == REFERENCE)
     return record
-
-
-def ladder_applies(study: Study) -> bool:
-    """Whether the method leaves a model for sites that were not there, with residuals to mix."""
-    plan = study.plan
-    return plan.harmonized and plan.serves_unseen and bool(plan.local) and not plan.pooled
 
 
 def attendance(task: Task, sites: Sequence[str]) -> Participation:
@@ -194,15 +222,21 @@ def _rows(site: Site, study: Study) -> list[dict[str, Any]]:
 def _mean_over_classes(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
-    cases: dict[tuple[str, str, str], list[float]] = {}
+    cases: dict[tuple[str, str, str], dict[str, float]] = {}
     with path.open(newline="") as lines:
         for row in csv.DictReader(lines):
             if row["dice"]:
                 key = (row["site"], row["patient"], row["case"])
-                cases.setdefault(key, []).append(float(row["dice"]))
+                cases.setdefault(key, {})[row["class_name"]] = round(float(row["dice"]), 6)
     return [
-        {"site": site, "patient": patient, "case": case, "dice": round(statistics.fmean(v), 6)}
-        for (site, patient, case), v in cases.items()
+        {
+            "site": site,
+            "patient": patient,
+            "case": case,
+            "dice": round(statistics.fmean(by_class.values()), 6),
+            "by_class": by_class,
+        }
+        for (site, patient, case), by_class in cases.items()
     ]
 
 

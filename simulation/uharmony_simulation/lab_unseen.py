@@ -41,6 +41,7 @@ from uharmony_model.presence import with_presence
 from uharmony_model.prototypes import MAX_RELEASED, PublicFrame, prototype_of
 from uharmony_model.publication import AbstentionLimit
 from uharmony_model.segmentation_network import SegmentationNetwork
+from uharmony_model.study import Study
 from uharmony_model.targets import to_masks, to_targets
 from uharmony_model.test_time import MixtureSearch
 
@@ -54,9 +55,15 @@ def measure_unseen(
     """Every step of the ladder on the test split of `left`, from the model in `folder`.
 
     Each step gives Dice by case; `U4` the shares of volumes refused, here and among the others'
-    patients by leaving each out.
+    patients by leaving each out. A model without residuals has U0 alone.
     """
     model = load_bundle(folder, None)
+    if not ladder_applies(model.study):
+        model.network.to(left.device)
+        plain: Dice = {}
+        for case in left.split("test"):
+            _put(plain, left, case.case, model.network, None)
+        return {"site": left.name, "dice": {"U0": plain}, "U4": None}
     chooser, false_rate = _chooser(model, opened)
     cases = left.split("test")
     ladder: dict[str, Dice] = {"U0": {}, "U1": {}, "U1 hard": {}, "U2": {}}
@@ -82,6 +89,12 @@ def measure_unseen(
             "refused among known patients": false_rate,
         },
     }
+
+
+def ladder_applies(study: Study) -> bool:
+    """Whether the method leaves residuals to mix and to fit."""
+    plan = study.plan
+    return plan.harmonized and plan.serves_unseen and bool(plan.local)
 
 
 def _chooser(model: Model, opened: Sequence[Site]) -> tuple[DomainChooser, float]:

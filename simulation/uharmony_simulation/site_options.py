@@ -14,7 +14,7 @@ from typing import Any
 
 from uharmony_client.site_config import SiteConfig
 from uharmony_model.errors import ConfigError
-from uharmony_model.study import Task
+from uharmony_model.task import Task
 from uharmony_simulation.config import SiteOptions
 
 

@@ -24,7 +24,8 @@ from uharmony_model.exchange.payload import encode, read_manifest
 from uharmony_model.initial import initial_weights
 from uharmony_model.methods import METHODS
 from uharmony_model.networks import build_network
-from uharmony_model.study import CANDIDATES, Study
+from uharmony_model.study import Study
+from uharmony_model.training_settings import CANDIDATES
 from uharmony_server.checkpoint import Checkpoint
 from uharmony_server.records import Record
 from uharmony_server.rounds import run_rounds

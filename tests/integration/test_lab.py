@@ -164,7 +164,7 @@ def test_a_site_that_was_left_out_is_served_step_by_step(tmp_path, data, capsys)
         sites=3,
         arms=["uharmony", "fedavg"],
         seeds=[0],
-        grid={"shift": ["mixed-invert"], "without": ["site-3"]},
+        grid={"shift": ["mixed-invert"], "without": [None, "site-3"]},
         few_shot=[2],
     )
     code, error = simulate(capsys, "study", path, "--data", data, "--out", tmp_path / "out")
@@ -180,4 +180,9 @@ def test_a_site_that_was_left_out_is_served_step_by_step(tmp_path, data, capsys)
     assert all(cases == tested[0] for cases in tested)
     assert tested[0].isdisjoint(row["case"] for row in record["cases"])
     assert 0 <= unseen["U4"]["refused"] <= 1
-    assert found["mixed-invert-1_without-site-3/fedavg_seed-0.json"]["unseen"] is None
+    plain = found["mixed-invert-1_without-site-3/fedavg_seed-0.json"]["unseen"]
+    assert set(plain["dice"]) == {"U0"}
+    assert set(plain["dice"]["U0"]) == tested[0]
+    tables = (tmp_path / "out" / "tables.md").read_text()
+    assert "mixed-invert 1, left out" in tables
+    assert "uharmony U3-2" in tables

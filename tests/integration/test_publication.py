@@ -19,9 +19,10 @@ from uharmony_model.exchange.instruction import Instruction
 from uharmony_model.exchange.payload import encode, open_payload
 from uharmony_model.exchange.published import PublicationForm, Reason
 from uharmony_model.exchange.schema import Schema, TensorSpec
+from uharmony_model.exchange_settings import Publishable
 from uharmony_model.initial import initial_weights
 from uharmony_model.publication import read_publication
-from uharmony_model.study import Publishable, Study
+from uharmony_model.study import Study
 from uharmony_server.admission import RefusalReason
 from uharmony_server.checkpoint import Checkpoint, load_latest
 from uharmony_server.export import export_model

@@ -21,6 +21,7 @@ from uharmony_simulation.engine import site_of
 FIELDS = {
     "arm", "seed", "round", "site", "domain", "split", "class", "n_cases", "dice", "dice_low",
     "dice_high", "surface_dice", "hd95_mm", "lesion_recall", "fp_per_case",
+    "kept",
 }  # fmt: skip
 
 

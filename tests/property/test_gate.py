@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from uharmony_model.gate import Gate
 from uharmony_model.harmonize import HarmonizedNetwork, harmonize
+from uharmony_model.network_settings import Harmonization
 from uharmony_model.prototypes import MAX_RELEASED, Prototype, PublicFrame, clipped
-from uharmony_model.study import Harmonization
 
 K, D = 4, 3
 numbers = st.floats(-50, 50)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from monai.losses.dice import DiceCELoss
 
 from uharmony_model.losses import segmentation_loss
-from uharmony_model.study import Task
+from uharmony_model.task import Task
 
 CLASSES = 4
 SHAPE = (3, 4, 2)

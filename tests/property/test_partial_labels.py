@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from uharmony_model.losses import segmentation_loss
-from uharmony_model.study import Task
+from uharmony_model.task import Task
 
 CLASSES = {"bright": 1, "dark": 2}
 TASKS = {

@@ -13,8 +13,8 @@ from uharmony_model.exchange.payload import Kind, decode, encode
 from uharmony_model.exchange.schema import flatten, unflatten
 from uharmony_model.harmonize import harmonize
 from uharmony_model.methods import METHODS, Part
+from uharmony_model.network_settings import Harmonization
 from uharmony_model.segmentation_network import SegmentationNetwork
-from uharmony_model.study import Harmonization
 
 # Prefixes of one another, and names of the very things that must stay.
 ADVERSARIAL = (

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from uharmony_model.patches import cut, draw_batch, plan_patch
 from uharmony_model.randomness import numpy_generator
-from uharmony_model.study import Task, Training
+from uharmony_model.task import Task
+from uharmony_model.training_settings import Training
 
 TASK = Task.model_validate(
     {"classes": {"organ": 1, "lesion": 2}, "intensity": {"ct": {"policy": "window"}}}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from uharmony_client.case_table import Case, CaseTable
 from uharmony_model.errors import DataError
-from uharmony_model.study import Evaluation
+from uharmony_model.evaluation_settings import Evaluation
 
 shares = st.tuples(st.floats(0, 0.45), st.floats(0, 0.45))
 

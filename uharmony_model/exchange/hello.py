@@ -9,7 +9,7 @@ from pydantic import Field
 from uharmony_model import __version__
 from uharmony_model.errors import ExchangeError
 from uharmony_model.frozen import Frozen
-from uharmony_model.study import Name
+from uharmony_model.task import Name
 
 EXCHANGE_FORMAT = 1
 

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt
 
+from uharmony_model.evaluation_settings import Split
 from uharmony_model.exchange.canonical import (
     Digest,
     OptionalDigest,
@@ -13,7 +14,6 @@ from uharmony_model.exchange.canonical import (
     parse_canonical,
 )
 from uharmony_model.frozen import Frozen
-from uharmony_model.study import Split
 
 MAX_INSTRUCTION_BYTES = 4096
 

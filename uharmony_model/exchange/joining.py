@@ -16,7 +16,7 @@ from pydantic import AfterValidator, Field, NonNegativeInt
 from uharmony_model.errors import ConfigError, PayloadError
 from uharmony_model.exchange.canonical import Digest, canonical_json, parse_canonical
 from uharmony_model.frozen import Frozen
-from uharmony_model.study import Name
+from uharmony_model.task import Name
 
 PREFIX = "UH1."
 MAX_CODE = 1000

@@ -18,7 +18,7 @@ from uharmony_model.exchange.parts import part_of, place_of
 from uharmony_model.exchange.schema import Schema
 from uharmony_model.harmonize import stacked_keys
 from uharmony_model.methods import Part, Place
-from uharmony_model.study import Name
+from uharmony_model.task import Name
 
 __all__ = ["Partition", "part_of"]
 

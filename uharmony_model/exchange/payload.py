@@ -34,7 +34,7 @@ from uharmony_model.exchange.canonical import (
 from uharmony_model.exchange.codec import Buffer, CodecName, digest, pack, quantize, unpack
 from uharmony_model.exchange.schema import Schema
 from uharmony_model.frozen import Frozen
-from uharmony_model.study import CANDIDATES
+from uharmony_model.training_settings import CANDIDATES
 
 __all__ = [
     "Buffer",

@@ -22,12 +22,14 @@ from uharmony_model.descriptor import describe
 from uharmony_model.errors import PayloadError
 from uharmony_model.exchange.payload import Kind, Value, max_payload_bytes
 from uharmony_model.exchange.schema import Schema, TensorSpec
+from uharmony_model.exchange_settings import Publishable
 from uharmony_model.initial import initial_local
 from uharmony_model.networks import build_network
 from uharmony_model.presence import input_channels
 from uharmony_model.prototypes import PublicFrame
 from uharmony_model.schedule import publication_due
-from uharmony_model.study import Name, Publishable, Study
+from uharmony_model.study import Study
+from uharmony_model.task import Name
 
 MAX_DOMAINS = 64
 PROTOTYPE = "prototype"

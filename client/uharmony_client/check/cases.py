@@ -26,7 +26,7 @@ from uharmony_client.site_data import _to_label, channel_modalities
 from uharmony_client.volume_error import VolumeError
 from uharmony_client.volume_header import VolumeHeader
 from uharmony_model.errors import DataError
-from uharmony_model.study import Task
+from uharmony_model.task import Task
 
 _SANE_MM = (0.1, 10.0)
 _ANISOTROPY = 10.0

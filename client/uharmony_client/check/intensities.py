@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from uharmony_client.check.texts import Found
 from uharmony_client.intensity import apply_intensity
-from uharmony_model.study import Intensity, Percentile, Suv, Window
+from uharmony_model.task import Intensity, Percentile, Suv, Window
 
 _SAMPLE = 200_000  # voxels; a share or a percentile needs no more
 _MIN_CONTRAST_HU = 50.0

@@ -15,7 +15,8 @@ from uharmony_client.check.findings import Detail, number_findings
 from uharmony_client.check.intensities import scales, unlike_the_policy
 from uharmony_client.check.rules import _TABLE, RULES, Severity
 from uharmony_model.networks import build_network
-from uharmony_model.study import Percentile, Study, Suv, Window, ZScore
+from uharmony_model.study import Study
+from uharmony_model.task import Percentile, Suv, Window, ZScore
 
 SOUND = image_of(3)
 # The mean is near 3e38, so one voxel is 6e38 away from it: more than float32 can hold.

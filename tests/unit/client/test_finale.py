@@ -28,7 +28,8 @@ from uharmony_model.exchange.payload import digest, read_manifest
 from uharmony_model.initial import initial_weights
 from uharmony_model.networks import build_network
 from uharmony_model.schedule import finale_round
-from uharmony_model.study import CANDIDATES, Candidate, Study
+from uharmony_model.study import Study
+from uharmony_model.training_settings import CANDIDATES, Candidate
 from uharmony_simulation.arms import Arm, Machine, SiteOpener
 from uharmony_simulation.config import Simulation
 from uharmony_simulation.sites import make_sites
@@ -47,7 +48,7 @@ def study_of(method: str = "fedavg", **changes: object) -> Study:
         "evaluation": {"validation": 0.25, "test": 0.25, "bootstrap": 1, "metrics": ["dice"]},
         **changes,
     }
-    settings["finale"] = {"steps": STEPS, **changes.get("finale", {})}  # type: ignore[dict-item]
+    settings["finale"] = {"steps": STEPS, "rate": 0.3, **changes.get("finale", {})}  # type: ignore[dict-item]
     return tiny_study(method=method, **settings)
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from uharmony_client.intensity import apply_intensity
-from uharmony_model.study import Percentile, Suv, Window, ZScore
+from uharmony_model.task import Percentile, Suv, Window, ZScore
 
 
 def applied(values, policy):

@@ -96,14 +96,26 @@ def test_a_loss_that_is_not_finite_ends_the_round_with_a_reason():
 
 
 def test_cosine_starts_full_ends_at_a_hundredth_and_falls():
-    training = tiny_study(training={"rounds": 5, "local_steps": 10}).training
-    rates = [learning_rate(training, step) for step in range(51)]
-    assert rates[0] == pytest.approx(training.learning_rate)
-    assert rates[-1] == pytest.approx(training.learning_rate / 100)
+    study = tiny_study(training={"rounds": 5, "local_steps": 10})
+    highest = study.training.learning_rate
+    rates = [learning_rate(study, step) for step in range(51)]
+    assert rates[0] == pytest.approx(highest)
+    assert rates[-1] == pytest.approx(highest / 100)
     assert all(later < earlier for earlier, later in itertools.pairwise(rates))
-    assert rates[25] == pytest.approx(training.learning_rate * (0.01 + 0.99 / 2))
-    constant = training.model_copy(update={"schedule": "constant"})
-    assert {learning_rate(constant, step) for step in range(50)} == {training.learning_rate}
+    assert rates[25] == pytest.approx(highest * (0.01 + 0.99 / 2))
+    constant = tiny_study(training={"rounds": 5, "local_steps": 10, "schedule": "constant"})
+    assert {learning_rate(constant, step) for step in range(50)} == {highest}
+
+
+def test_the_schedule_spans_the_steps_at_home_unless_they_have_a_rate_of_their_own():
+    rounds = {"rounds": 5, "local_steps": 10}
+    together = tiny_study(training=rounds, finale={"steps": 50})
+    longer = tiny_study(training={"rounds": 10, "local_steps": 10})
+    apart = tiny_study(training=rounds, finale={"steps": 50, "rate": 0.3})
+    alone = tiny_study(training=rounds)
+    for step in (0, 17, 50, 99):
+        assert learning_rate(together, step) == learning_rate(longer, step)
+        assert learning_rate(apart, step) == learning_rate(alone, step)
 
 
 @given(

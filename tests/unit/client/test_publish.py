@@ -29,9 +29,10 @@ from uharmony_model.errors import ExchangeError, StoreError
 from uharmony_model.exchange.payload import Kind, decode, digest, encode, open_payload
 from uharmony_model.exchange.published import PublicationForm, Reason
 from uharmony_model.exchange.schema import Schema, unflatten
+from uharmony_model.exchange_settings import Publication
 from uharmony_model.initial import initial_weights
 from uharmony_model.prototypes import noise_deviation, release_prototype
-from uharmony_model.study import Publication, Study
+from uharmony_model.study import Study
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 BOTH = Policy(publish=("experts", "prototypes"), min_cases=1)

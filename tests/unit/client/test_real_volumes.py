@@ -12,7 +12,8 @@ from uharmony_client.readers import read_cases
 from uharmony_client.site_config import SiteConfig
 from uharmony_client.site_data import prepare
 from uharmony_client.volume_store import VolumeStore
-from uharmony_model.study import Evaluation, Task
+from uharmony_model.evaluation_settings import Evaluation
+from uharmony_model.task import Task
 
 pytestmark = pytest.mark.data
 

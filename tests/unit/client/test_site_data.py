@@ -8,7 +8,7 @@ from uharmony_client.grids import to_input_grid
 from uharmony_client.site_config import Resources
 from uharmony_client.site_data import channel_modalities, prepare
 from uharmony_model.errors import DataError
-from uharmony_model.study import Task
+from uharmony_model.task import Task
 
 IMAGE = np.random.default_rng(0).normal(100, 20, (3, 4, 5)).astype("f4")
 LABEL = np.random.default_rng(1).integers(0, 4, (3, 4, 5)).astype("u1")

@@ -10,8 +10,8 @@ from uharmony_model.exchange.partition import Partition
 from uharmony_model.exchange.schema import Schema
 from uharmony_model.harmonize import HarmonizedNetwork, harmonize
 from uharmony_model.methods import EVERYTHING, METHODS, RESIDUALS, Part
+from uharmony_model.network_settings import Harmonization
 from uharmony_model.segmentation_network import SegmentationNetwork
-from uharmony_model.study import Harmonization
 
 
 def harmonised(*domains: str) -> HarmonizedNetwork:

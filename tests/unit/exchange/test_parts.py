@@ -11,7 +11,7 @@ from uharmony_model.errors import PartitionError
 from uharmony_model.exchange.parts import part_of
 from uharmony_model.harmonize import harmonize
 from uharmony_model.methods import Part
-from uharmony_model.study import Harmonization
+from uharmony_model.network_settings import Harmonization
 
 AFFINE = {"weight": Part.NORM_AFFINE, "bias": Part.NORM_AFFINE}
 STATISTICS = dict.fromkeys(

@@ -20,10 +20,11 @@ from uharmony_model.exchange.published import (
     patients_of,
     published_name,
 )
+from uharmony_model.exchange_settings import Publication
 from uharmony_model.frozen import parse
 from uharmony_model.networks import build_network
 from uharmony_model.schedule import finale_round, publication_due, publication_round
-from uharmony_model.study import Publication, Study
+from uharmony_model.study import Study
 
 ASKED = {"experts": True, "prototypes": True, "center": [0.0], "scale": [1.0]}
 

@@ -10,7 +10,7 @@ from scipy import ndimage
 from uharmony_model import augment
 from uharmony_model.augment import change_intensity, covered_box, draw_geometry, mirrors, warp
 from uharmony_model.randomness import numpy_generator
-from uharmony_model.study import Task
+from uharmony_model.task import Task
 
 SIZE = (6, 9, 8)
 START = (7, 5, 6)

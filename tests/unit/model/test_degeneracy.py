@@ -11,8 +11,9 @@ from uharmony_model.backbones import BACKBONES
 from uharmony_model.degeneracy import local_sensitivities
 from uharmony_model.errors import NetworkError
 from uharmony_model.harmonize import HarmonizedNetwork, harmonize, stacked_keys
+from uharmony_model.network_settings import Harmonization
 from uharmony_model.networks import build_network
-from uharmony_model.study import Harmonization, Study
+from uharmony_model.study import Study
 
 
 def study(name: str, features: tuple[int, ...], units: int = 1) -> Study:

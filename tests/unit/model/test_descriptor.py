@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from uharmony_model.descriptor import EPS, Moments, describe, raw_quantiles
 from uharmony_model.errors import DataError, NetworkError
 from uharmony_model.harmonize import HarmonizedNetwork, harmonize, stacked_keys
+from uharmony_model.network_settings import Harmonization
 from uharmony_model.networks import build_network
 from uharmony_model.segmentation_network import SegmentationNetwork
-from uharmony_model.study import Harmonization, Study
+from uharmony_model.study import Study
 
 FEATURES = {"unet": (4, 8), "dynunet": (4, 6, 8), "segresnet": (4, 8), "swinunetr": (12, 24)}
 SLOW = pytest.mark.slow

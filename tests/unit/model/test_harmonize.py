@@ -16,8 +16,8 @@ from uharmony_model.errors import NetworkError
 from uharmony_model.harmonic_layer import HarmonicNorm
 from uharmony_model.harmonize import CHANNEL_AXIS, HarmonizedNetwork, harmonize, stacked_keys
 from uharmony_model.methods import Part
+from uharmony_model.network_settings import Harmonization
 from uharmony_model.residual_conv import ResidualConv
-from uharmony_model.study import Harmonization
 
 DOMAINS = ("scanner-a", "scanner-b", "scanner-c")
 

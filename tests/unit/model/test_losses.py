@@ -7,7 +7,7 @@ from monai.losses.dice import DiceCELoss
 
 from uharmony_model.errors import ConfigError
 from uharmony_model.losses import segmentation_loss
-from uharmony_model.study import Task
+from uharmony_model.task import Task
 
 INTENSITY = {"ct": {"policy": "window"}}
 EXCLUSIVE = Task.model_validate(

@@ -14,6 +14,7 @@ from uharmony_model.errors import ConfigError, NetworkError
 from uharmony_model.harmonic_layer import HarmonicNorm
 from uharmony_model.harmonize import HarmonizedNetwork, stacked_keys
 from uharmony_model.methods import Part
+from uharmony_model.network_settings import Network
 from uharmony_model.networks import (
     build_network,
     check_patch,
@@ -22,7 +23,7 @@ from uharmony_model.networks import (
 )
 from uharmony_model.residual_conv import ResidualConv
 from uharmony_model.segmentation_network import SegmentationNetwork
-from uharmony_model.study import Network, Study
+from uharmony_model.study import Study
 
 FEATURES = {
     "unet": (4, 8, 12),

@@ -13,7 +13,8 @@ from uharmony_model import augment
 from uharmony_model.errors import DataError
 from uharmony_model.patches import cut, draw_batch, is_foreground_patch, plan_patch
 from uharmony_model.randomness import numpy_generator
-from uharmony_model.study import Task, Training
+from uharmony_model.task import Task
+from uharmony_model.training_settings import Training
 
 TASK = Task.model_validate(
     {"classes": {"organ": [1, 3], "lesion": 2}, "intensity": {"ct": {"policy": "window"}}}

@@ -18,7 +18,8 @@ from uharmony_model.presence import (
     present_channels,
     with_presence,
 )
-from uharmony_model.study import Study, Task
+from uharmony_model.study import Study
+from uharmony_model.task import Task
 
 ZSCORE = {"policy": "zscore"}
 PLAIN = Task.model_validate(

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from uharmony_model.errors import ConfigError
-from uharmony_model.study import Task
 from uharmony_model.targets import (
     annotated_classes,
     class_index,
@@ -13,6 +12,7 @@ from uharmony_model.targets import (
     to_masks,
     to_targets,
 )
+from uharmony_model.task import Task
 
 INTENSITY = {"t1": {"policy": "zscore"}}
 EXCLUSIVE = Task.model_validate(

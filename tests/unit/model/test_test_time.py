@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from uharmony_model.errors import ConfigError
 from uharmony_model.harmonize import HarmonizedNetwork, harmonize
-from uharmony_model.study import Harmonization
+from uharmony_model.network_settings import Harmonization
 from uharmony_model.test_time import (
     MixtureSearch,
     entropy_of,

@@ -22,8 +22,9 @@ from uharmony_model.exchange.schema import flatten
 from uharmony_model.harmonize import stacked_keys
 from uharmony_model.initial import initial_weights
 from uharmony_model.methods import EVERYTHING, METHODS, Part
+from uharmony_model.network_settings import Network
 from uharmony_model.networks import build_network, check_patch, patch_multiple
-from uharmony_model.study import Network, Study
+from uharmony_model.study import Study
 from uharmony_model.u2net import U2Net
 from uharmony_model.u2net_blocks import DomainConv, DomainNorm
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from uharmony_simulation.lab_config import (
     conditions,
     load_lab,
 )
+from uharmony_simulation.lab_task import Task
 
 RANDOM = Simulation.model_validate(
     {"source": {"kind": "folder", "sites_from": "random", "random_sites": 4}}
@@ -51,27 +53,45 @@ def test_a_plan_has_every_arm_seed_and_fold_of_every_cell_and_the_reference_firs
     assert [[task.arm.name for task in group] for group in groups] == [["local", "uharmony"]] * 8
     found = {(t.cell.name, t.seed, t.fold, t.arm.name) for group in groups for t in group}
     assert len(found) == 16
-    assert len({task.key for group in groups for task in group}) == 16
+    assert len({str(task.declared) for group in groups for task in group}) == 16
     for group in groups:
         assert len({(t.cell.name, t.seed, t.fold) for t in group}) == 1
 
 
-def test_a_key_changes_with_whatever_decides_the_result():
-    def key(study=None, **changes) -> str:
-        return plan(lab(**changes), study or tiny_study(), RANDOM)[0][0].key
+def test_a_record_is_of_no_other_task_than_its_own():
+    def task(study=None, **changes) -> Task:
+        return plan(lab(**changes), study or tiny_study(), RANDOM)[0][0]
 
-    keys = [
-        key(),
-        key(seeds=[1]),
-        key(folds=2),
-        key(arms=["fedprox"]),
-        key(grid={"dropout": [0.5]}),
-        key(grid={"shift": ["noise"]}),
-        key(tiny_study(training={"rounds": 4})),
-        key(arms=[{"name": "fedavg", "method": "fedavg", "set": {"training.batch_size": 3}}]),
+    tasks = [
+        task(),
+        task(seeds=[1]),
+        task(folds=2),
+        task(arms=["fedprox"]),
+        task(grid={"dropout": [0.5]}),
+        task(grid={"shift": ["noise"]}),
+        task(grid={"without": ["site-1"]}),
+        task(tiny_study(training={"rounds": 4})),
+        task(tiny_study(network={"harmonization": {"order": 2}})),
+        task(arms=[{"name": "fedavg", "method": "fedavg", "set": {"training.batch_size": 3}}]),
     ]
-    assert len(set(keys)) == len(keys)
-    assert key() == keys[0]
+    for one in tasks:
+        record = json.loads(json.dumps({"declared": one.declared}))
+        assert [other.made(record) for other in tasks] == [other is one for other in tasks]
+    assert not task().made({})
+
+
+def test_a_record_outlives_settings_that_are_newer_as_long_as_they_are_at_their_defaults():
+    (group,) = plan(lab(arms=["uharmony"]), tiny_study(), RANDOM)
+    record = json.loads(json.dumps({"declared": group[0].declared}))
+    del record["declared"]["study"]["network"]["harmonization"]["layers"]
+    del record["declared"]["study"]["finale"]
+    assert group[0].made(record)
+    changed = tiny_study(network={"harmonization": {"layers": "encoder"}})
+    assert not plan(lab(arms=["uharmony"]), changed, RANDOM)[0][0].made(record)
+    longer = tiny_study(finale={"steps": 1})
+    assert not plan(lab(arms=["uharmony"]), longer, RANDOM)[0][0].made(record)
+    record["declared"]["study"]["colour"] = "red"
+    assert not group[0].made(record)
 
 
 def test_an_arm_sets_keys_of_the_study_by_their_path():

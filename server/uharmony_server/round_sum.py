@@ -1,0 +1,88 @@
+"""The updates of one round while they come: their sum, who is in it, whether that is enough.
+
+At most two admitted updates are held, so that memory does not grow with the number of sites.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from uharmony_model.errors import QuorumError
+from uharmony_model.study import Study
+from uharmony_server.admission import Admitted, Refusal, RefusalReason
+from uharmony_server.aggregate import WeightedSum
+
+GROUP = 2  # admitted updates that are held at once; the sum does not depend on it
+
+
+class RoundSum:
+    """`base + sum_k w_k delta_k / sum_k w_k` over the updates that are taken, in their order.
+
+    `by_cases` says whether `w_k` is the number of cases, or 1. `norms` are those of the updates by
+    site, `cases` their numbers; `bytes` is what they weighed on the wire; `started_from` are the
+    (round, site) pairs of the outcomes they were trained from; `unsaid` are the sites that hide
+    their number of cases without having said so.
+    """
+
+    def __init__(self, study: Study, round_: int, numel: int, *, by_cases: bool) -> None:
+        self.norms: dict[str, float] = {}
+        self.cases: dict[str, int] = {}
+        self.bytes = 0
+        self.started_from: set[tuple[int, str]] = set()
+        self.unsaid: set[str] = set()
+        self._need, self._round, self._by_cases = study.federation, round_, by_cases
+        self._sum = WeightedSum(numel)
+        self._group: list[Admitted] = []
+
+    def take(self, site: str, update: Admitted) -> Refusal | None:
+        """Add an update, or say why it cannot be weighed."""
+        if update.cases is None and self._by_cases:
+            detail = "hides its number of cases, and did not say so when it was greeted"
+            self.unsaid.add(site)
+            reason = RefusalReason.BAD_CASE_COUNT
+            return Refusal(site=site, round=self._round, reason=reason, detail=detail)
+        self.norms[site] = update.norm
+        # A site with a hidden number has one case at least; nothing else is known.
+        self.cases[site] = update.cases or 1
+        if update.started_from:
+            self.started_from.add((update.started_from, site))
+        self.bytes += update.bytes
+        self._group.append(update)
+        if len(self._group) == GROUP:
+            self._add()
+        return None
+
+    def require_quorum(self, refusals: Sequence[Refusal]) -> None:
+        """See that enough sites and cases are in the sum; `refusals` say why others are not.
+
+        Raises:
+            QuorumError: fewer sites or cases were admitted than the study needs.
+        """
+        sites, cases = len(self.cases), sum(self.cases.values())
+        if sites < self._need.min_sites or cases < self._need.min_cases or not sites:
+            reasons = "; ".join(f"{r.site}: {r.reason}" for r in refusals if r.round == self._round)
+            raise QuorumError(
+                f"round {self._round}: {sites} sites with {cases} cases were admitted, the "
+                f"study needs {self._need.min_sites} sites and {self._need.min_cases} cases "
+                f"({reasons or 'no answers'})"
+            )
+
+    def apply(self, base: Tensor) -> Tensor:
+        """`base` and the mean update `(n,)`; the sum is used up by this.
+
+        Raises:
+            QuorumError: nothing was taken.
+        """
+        if self._group:
+            self._add()
+        return self._sum.apply(base)
+
+    def _add(self) -> None:
+        weights = [
+            float(update.cases) if self._by_cases and update.cases is not None else 1.0
+            for update in self._group
+        ]
+        self._sum.add([update.flat for update in self._group], weights)
+        self._group.clear()
