@@ -34,7 +34,7 @@ from uharmony_model.atomic import (
 from uharmony_model.errors import ConfigError, StoreError
 from uharmony_model.exchange.partition import Partition
 from uharmony_model.frozen import Frozen, parse
-from uharmony_model.methods import EVERYTHING
+from uharmony_model.methods import EVERYTHING, METHODS
 from uharmony_model.networks import build_network
 from uharmony_model.study import Study
 from uharmony_model.task import Name
@@ -158,7 +158,9 @@ def known_sites(folder: Path) -> tuple[str, ...]:
 
 
 def _with_method(study: Study, method: str, path: Path) -> Study:
-    return parse(Study, {**study.model_dump(mode="json"), "method": method}, str(path))
+    if method not in METHODS:
+        raise ConfigError(f"{path}: unknown method {method!r:.80}; ask for the model again")
+    return study.with_method(method)
 
 
 def _require_no_site_needed(folder: Path, study: Study) -> None:

@@ -63,7 +63,7 @@ def expert_network(
         NetworkError: two experts have one name.
     """
     plan = study.plan
-    if not plan.harmonized or not plan.local or not plan.serves_unseen:
+    if not plan.keeps_residuals:
         raise ConfigError(f"method {study.method} keeps no residuals at its sites: no experts")
     if not experts:
         raise ConfigError("no expert to load; without one, use the shared model as it is")

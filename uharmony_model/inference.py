@@ -55,8 +55,10 @@ def predict_logits(
     if memory_gib is not None and any(n > size for n, size in zip(shape, patch, strict=True)):
         whole = _whole_window(network, shape, patch)
         channels = len(volume)
-        if fits_whole(network, channels, patch=patch, whole=whole, memory_gib=memory_gib):
-            patch = whole
+        fits = fits_whole(
+            network, channels, patch=patch, whole=whole, memory_gib=memory_gib, domain=domain
+        )
+        patch = whole if fits else patch
     padded, inside = _padded(volume, patch)
     with evaluating(network), torch.no_grad():
         if all(extent <= size for extent, size in zip(shape, patch, strict=True)):
@@ -84,13 +86,14 @@ def fits_whole(
     patch: Sequence[int],
     whole: Sequence[int],
     memory_gib: float,
+    domain: int | Tensor | None = None,
 ) -> bool:
     """Whether one pass over `whole` (D, H, W) voxels is expected to fit into `memory_gib` GiB.
 
-    An empty window of `patch` voxels goes through the network, and the bytes of every layer's
-    output are counted. They grow with the voxels; see `MEMORY_MARGIN`.
+    An empty window of `patch` voxels goes through the network as one of this `domain`, and the
+    bytes of every layer's output are counted. They grow with the voxels; see `MEMORY_MARGIN`.
     """
-    bytes_per_voxel = _activation_bytes(network, channels, patch) / math.prod(patch)
+    bytes_per_voxel = _activation_bytes(network, channels, patch, domain) / math.prod(patch)
     return MEMORY_MARGIN * bytes_per_voxel * math.prod(whole) <= memory_gib * (1 << 30)
 
 
@@ -128,7 +131,9 @@ def _whole_window(
     )
 
 
-def _activation_bytes(network: nn.Module, channels: int, patch: Sequence[int]) -> int:
+def _activation_bytes(
+    network: nn.Module, channels: int, patch: Sequence[int], domain: int | Tensor | None
+) -> int:
     total = 0
 
     def count(module: nn.Module, inputs: object, output: object) -> None:
@@ -143,7 +148,7 @@ def _activation_bytes(network: nn.Module, channels: int, patch: Sequence[int]) -
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
     try:
         with evaluating(network), torch.no_grad():
-            network(window.to(device), None)
+            network(window.to(device), _rows(domain, 1, device))
     finally:
         for handle in handles:
             handle.remove()

@@ -72,6 +72,11 @@ class Method:
         """Whether the shared tensors alone make a model: whatever is local is a residual."""
         return self.local <= RESIDUALS
 
+    @property
+    def keeps_residuals(self) -> bool:
+        """Whether a site keeps residuals of the harmonisation layer, and nothing else."""
+        return self.harmonized and bool(self.local) and self.serves_unseen
+
 
 _REVIN = MappingProxyType({"stage2": "revin", "residuals": (), "domain_dropout": 0.0})
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,11 @@ from torch import Tensor
 
 Mask = npt.NDArray[Any] | Tensor
 Distances = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
+
+Word = Literal["above", "below", "not below", "undecided"]
+MARGIN = 0.01  # Dice: "not below" means less than a point below
+# With five patients of one sign the exact two-sided p is 1/16: no interval decides on them.
+FEWEST_PATIENTS = 6
 
 _CONNECTED_26 = np.ones((3, 3, 3), dtype=bool)
 
@@ -122,19 +127,48 @@ def lesion_recall_and_fp(prediction: Mask, truth: Mask) -> tuple[float | None, i
 
 
 def bootstrap_interval(
-    values: Sequence[float | None], n: int, generator: np.random.Generator
+    values: Sequence[float | None],
+    n: int,
+    generator: np.random.Generator,
+    *,
+    patients: Sequence[str] | None = None,
 ) -> tuple[float | None, float | None, float | None]:
     """Mean over cases and its 95 % percentile bootstrap interval: (mean, low, high).
 
     Cases without a value are left out; without any value all three are None. One value gives an
     interval of no width, which says nothing about its certainty: show the number of cases with it.
+    With `patients`, one for each value, patients are resampled with all of their cases.
     """
     defined = np.array([value for value in values if value is not None], dtype=np.float64)
     if defined.size == 0:
         return None, None, None
+    if patients is not None:
+        whose = [p for p, value in zip(patients, values, strict=True) if value is not None]
+        places = {patient: index for index, patient in enumerate(dict.fromkeys(whose))}
+        at = [places[patient] for patient in whose]
+        sums, counts = np.bincount(at, weights=defined), np.bincount(at)
+        drawn = generator.integers(len(places), size=(n, len(places)))
+        means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
+        low, high = np.percentile(means, (2.5, 97.5))
+        return float(defined.mean()), float(low), float(high)
     draws = generator.integers(defined.size, size=(n, defined.size))
     low, high = np.percentile(defined[draws].mean(axis=1), (2.5, 97.5))
     return float(defined.mean()), float(low), float(high)
+
+
+def paired_word(low: float | None, high: float | None, patients: int) -> Word:
+    """What the 95 % interval of a paired difference in Dice allows to say.
+
+    `above` and `below`: it lies on one side of 0. `not below`: it lies above minus one point. Else,
+    without an interval, and with fewer than six patients: `undecided`.
+    """
+    if low is None or high is None or patients < FEWEST_PATIENTS:
+        return "undecided"
+    if low > 0:
+        return "above"
+    if high < 0:
+        return "below"
+    return "not below" if low > -MARGIN else "undecided"
 
 
 def _surface_dice(

@@ -64,11 +64,6 @@ def patch_multiple(network: Network, backbone: str | None = None) -> int:
     return 1 << (len(network.features) - 1 if halvings is None else halvings)
 
 
-def minimum_patch(network: Network) -> int:
-    """The edge, in voxels, of the smallest cube that this network takes."""
-    return 2 * patch_multiple(network)
-
-
 def check_patch(network: Network, patch: Sequence[int], backbone: str | None = None) -> None:
     """Make sure that `patch` (D, H, W), in voxels, can pass through the network.
 

@@ -31,6 +31,4 @@ def publication_round(study: Study) -> int:
 
 def publication_due(study: Study) -> tuple[Publishable, ...]:
     """What sites are asked to publish; nothing where no residuals are kept at the sites."""
-    plan = study.plan
-    keeps_residuals = plan.harmonized and bool(plan.local) and plan.serves_unseen
-    return study.publication.asked if keeps_residuals else ()
+    return study.publication.asked if study.plan.keeps_residuals else ()

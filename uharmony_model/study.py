@@ -61,8 +61,15 @@ class Study(Frozen):
 
     @model_validator(mode="after")
     def _statistics_take_the_mean(self) -> Study:
-        if self.plan.server == "adam" and self.network.norm == "batch":
+        plan, statistics = self.plan, Part.NORM_STATISTICS
+        shared = statistics in self.parts and statistics not in plan.local
+        if shared and plan.server == "adam":
             raise ValueError("fedadam would step running variances below zero; use norm: instance")
+        if shared and self.federation.momentum:
+            raise ValueError(
+                f"federation.momentum would step the running variances that {self.method} shares "
+                "below zero; use norm: instance, or a method without BatchNorm"
+            )
         return self
 
     @property

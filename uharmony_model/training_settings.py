@@ -17,6 +17,7 @@ from uharmony_model.frozen import Frozen
 
 Candidate = Literal["federated", "own", "whole", "between", "local"]
 CANDIDATES: tuple[Candidate, ...] = get_args(Candidate)
+ChoiceRule = Literal["best", "clear"]
 
 
 class Training(Frozen):
@@ -53,12 +54,14 @@ class Finale(Frozen):
     share of the learning rate and falls to a hundredth of that. Then the site keeps, by its own
     validation split, the best of the `candidates`: the federated model, the same with its own part
     trained further (`own`), with everything trained further (`whole`), half-way between
-    (`between`), and the model that it trained alone with as many steps (`local`).
+    (`between`), and the model that it trained alone with as many steps (`local`). With `choice:
+    clear` the federated model stays unless another is better by more than chance would have it.
     """
 
     steps: NonNegativeInt = 0
     rate: Annotated[float, Field(gt=0, le=1)] | None = None
     candidates: tuple[Candidate, ...] = CANDIDATES
+    choice: ChoiceRule = "best"
 
     @field_validator("candidates")
     @classmethod

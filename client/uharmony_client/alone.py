@@ -9,7 +9,9 @@ round and in the same store, so it is that arm of a simulation and is never trai
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -21,12 +23,15 @@ from uharmony_client.site_models import save_site_model, site_network
 from uharmony_client.site_round import Bench, finale_metrics, measure, round_update
 from uharmony_client.workbench import carried_after
 from uharmony_model.atomic import recover
+from uharmony_model.errors import ConfigError
 from uharmony_model.exchange.partition import Partition
 from uharmony_model.exchange.payload import digest
 from uharmony_model.networks import build_network
 from uharmony_model.schedule import finale_round, splits_due
+from uharmony_service.lock import only_one
 
 OnStep = Callable[[str, int, int, float], None]
+_WAIT_SECONDS = 1.0
 
 
 def train_alone(site: Site, *, on_step: OnStep | None = None) -> Path:
@@ -36,26 +41,35 @@ def train_alone(site: Site, *, on_step: OnStep | None = None) -> Path:
     kept, and a finished model is given as it is. `on_step` gets site, round, step and loss.
 
     Raises:
+        ConfigError: another process trains this model just now.
         StoreError: the disk is full, or an earlier round is damaged.
         TrainingError: the loss is not finite.
     """
     own, model = alone_site(site), alone_model(site)
-    recover(own.store.folder)
-    if not (model / "study.json").is_file():
+    if (model / "study.json").is_file():
+        return model
+    with _only_one(own, wait=False):
+        recover(own.store.folder)
         _, round_ = _trained(own, on_step)
         save_site_model(model, own, {}, carried_after(own, round_), round_)
     return model
 
 
-def alone_candidate(site: Site) -> Callable[[], Candidate] | None:
-    """The local-only model for a finale to choose from; None where the site is alone anyway."""
+def alone_candidate(site: Site, *, on_step: OnStep | None = None) -> Callable[[], Candidate] | None:
+    """The local-only model for a finale to choose from; None where the site is alone anyway.
+
+    Where another process trains this model just now, it is waited for. `on_step` is as in
+    `train_alone`.
+    """
     if site.study.method == METHOD_ALONE or site.study.plan.pooled:
         return None
 
     def trained() -> Candidate:
         own = alone_site(site)
-        _, round_ = _trained(own, None)
-        network = site_network(own, {}, carried_after(own, round_))
+        with _only_one(own, wait=True):
+            _, round_ = _trained(own, on_step)
+            carried = carried_after(own, round_)
+        network = site_network(own, {}, carried)
         return Candidate(network, METHOD_ALONE, detached(network))
 
     return trained
@@ -69,6 +83,29 @@ def alone_site(site: Site) -> Site:
 def alone_model(site: Site) -> Path:
     """Where the finished local-only model of the site's study lies."""
     return site.config.store / "alone" / alone_site(site).study.digest / "model"
+
+
+@contextmanager
+def _only_one(own: Site, *, wait: bool) -> Iterator[None]:
+    """Hold this model's store: a service in its finale and a command may both want to train it.
+
+    Raises:
+        ConfigError: another process trains it just now, and it is not waited for.
+    """
+    message = (
+        f"site {own.name}: another process trains the local-only model just now, such as the "
+        "service in its finale; try again when `status` says that it is done"
+    )
+    with ExitStack() as held:
+        while True:
+            try:
+                held.enter_context(only_one(own.config.store / "run" / "alone", message))
+                break
+            except ConfigError:
+                if not wait:
+                    raise
+            time.sleep(_WAIT_SECONDS)
+        yield
 
 
 def _trained(own: Site, on_step: OnStep | None) -> tuple[Bench, int]:

@@ -230,11 +230,16 @@ def _results(home: Home):  # type: ignore[no-untyped-def]  # its types would imp
     model, training = federated_model(site), site.study.training
     if not (model / "study.json").is_file():
         raise ConfigError(f"{model}: no federated model yet; it comes after the study's last round")
+    rounds = training.rounds
+
+    def place(round_: int) -> str:
+        return f"round {round_} of {rounds}" if round_ <= rounds else "last steps at home"
+
     with Console(stderr=True).status("training the site's own model") as shown:
         train_alone(
             site,
             on_step=lambda name, round_, step, loss: shown.update(
-                f"own model: round {round_} of {training.rounds}, step {step + 1}, loss {loss:.3f}"
+                f"own model: {place(round_)}, step {step + 1}, loss {loss:.3f}"
             ),
         )
     return evaluate_site(site, model), site

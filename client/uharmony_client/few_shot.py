@@ -47,6 +47,8 @@ LEAST_CASES = 2
 LEAST_TO_CHOOSE = 4
 """From so many patients on, one of them is not trained on."""
 
+_OF_THE_CASES = ("annotated", "missing", "label_map", "modality_map")
+
 State = dict[str, Tensor]
 Kept = Literal["zero", "start", "fitted"]
 _ORDER: tuple[Kept, ...] = ("zero", "start", "fitted")  # of equals, the one that changed less
@@ -103,20 +105,25 @@ def fit_domain(
     modalities: Sequence[str] = (),
     max_voxels: int = MAX_VOXELS,
     on_step: StepListener | None = None,
+    like: SiteConfig | None = None,
 ) -> FewShot:
     """Fit the residuals of one new domain on the labelled cases in `folder` (or in a table).
 
     `name` is that of the new site and of its domain. `modalities` are those of cases that name
-    none. Prepared volumes lie in a private temporary folder that is removed at the end.
+    none. Prepared volumes lie in a private temporary folder that is removed at the end. `like`
+    tells what the cases lack and how they name it: of it count `annotated`, `missing`, `label_map`
+    and `modality_map`. Without it every class is drawn in every labelled case.
 
     Raises:
-        ConfigError: the model's method has no residuals.
+        ConfigError: the model's method has no residuals, or `like` does not fit its study.
         DataError: fewer than two labelled cases, several domains, or a case that does not fit.
         TrainingError: the loss is not finite.
     """
     with tempfile.TemporaryDirectory(prefix="uharmony-few-shot-") as place:
         content = {"name": name, "cases": folder, "store": place}
         config = parse(SiteConfig, {**content, "resources": {"max_voxels": max_voxels}}, "--name")
+        if like is not None:
+            config = config.model_copy(update={key: getattr(like, key) for key in _OF_THE_CASES})
         return _fitted(chooser, config, device, steps, modalities, on_step)
 
 
@@ -132,11 +139,12 @@ def _fitted(
     network = build_network(study, (name,), seed=study.seed)
     partition = Partition.of(network, study.plan.local)
     learned = frozenset(partition.local_keys) & {key for key, _ in network.named_parameters()}
-    if not (study.plan.harmonized and study.plan.serves_unseen and learned):
+    if not (study.plan.keeps_residuals and learned):
         raise ConfigError(
             f"method {study.method} has no residuals that a new site could fit; --few-shot needs "
             "a model of the method uharmony"
         )
+    annotated = torch.tensor(config.annotates(study.task))
     cases = _labelled(config.cases, name, modalities)
     training, held_out = _without_one_patient(cases, study.seed, name)
     store = VolumeStore(config.store / "volumes")
@@ -156,7 +164,7 @@ def _fitted(
             site=name,
             volumes=[volumes[case.case] for case in training],
             domains=[0] * len(training),
-            annotated=torch.ones(len(study.task.classes), dtype=torch.bool),
+            annotated=annotated,
         ),
         study,
         round_=0,
@@ -170,12 +178,12 @@ def _fitted(
     for kind, local in candidates.items() if held_out else ():
         network.load_state_dict(partition.merge(shared, local))
         held = [volumes[case.case] for case in held_out]
-        dice[kind] = _mean_dice(network, held, chooser.model, device)
+        dice[kind] = _mean_dice(network, held, chooser.model, device, annotated)
     kept = _best(dice)
     return FewShot(
         name=name,
         local=candidates[kept],
-        modalities=_common_modalities(cases),
+        modalities=_common_modalities(cases, config, study.task),
         trained_on=tuple(case.case for case in training),
         held_out=tuple(case.case for case in held_out),
         kept=kept,
@@ -258,6 +266,7 @@ def _mean_dice(
     volumes: Sequence[StoredVolume],
     model: Model,
     device: torch.device,
+    annotated: Tensor,
 ) -> float | None:
     study, found = model.study, []
     for volume in volumes:
@@ -273,7 +282,8 @@ def _mean_dice(
         masks = to_masks(logits[None], study.task)[0]
         tolerance = study.evaluation.surface_tolerance_mm
         measured = measure_case(masks, truth, volume.spacing_mm, tolerance, slow=False)
-        found += [one.dice for one in measured if one.dice is not None]
+        drawn = zip(measured, annotated.tolist(), strict=True)
+        found += [one.dice for one, known in drawn if known and one.dice is not None]
     return statistics.fmean(found) if found else None
 
 
@@ -289,7 +299,8 @@ def _best(dice: Mapping[Kept, float | None]) -> Kept:
     return max(known, key=lambda kind: known[kind]) if known else "fitted"
 
 
-def _common_modalities(cases: Sequence[Case]) -> tuple[str, ...]:
-    """The modalities of all cases, channel by channel; empty when they vary."""
-    found = {case.modality for case in cases}
-    return found.pop() if len(found) == 1 else ()
+def _common_modalities(cases: Sequence[Case], config: SiteConfig, task: Task) -> tuple[str, ...]:
+    """The study's modalities of all cases, channel by channel; empty when they vary."""
+    lacking = config.lacks(task)
+    named = {tuple(config.modality_map.get(name, name) for name in c.modality) for c in cases}
+    return tuple(n for n in named.pop() if n not in lacking) if len(named) == 1 else ()

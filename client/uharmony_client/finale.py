@@ -18,6 +18,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from uharmony_client.evaluate import evaluate_split
+from uharmony_client.finale_choice import choose, mean
 from uharmony_client.local_store import UNFINISHED, RoundKey
 from uharmony_client.local_train import learning_rate
 from uharmony_client.optimizer import make_optimizer, restore_moments
@@ -32,9 +33,6 @@ from uharmony_model.training_settings import Candidate as Name
 
 State = dict[str, Tensor]
 log = logging.getLogger(__name__)
-
-# Of equals the one that changed less is kept.
-_ORDER: tuple[Name, ...] = ("federated", "own", "between", "whole", "local")
 
 
 @dataclass(frozen=True)
@@ -98,26 +96,14 @@ def play_finale(
     if "local" in names and alone is not None:
         found["local"] = alone()
     found = found or {"federated": Candidate(network, method, federated)}
-    scores = {name: _validation(model, site) for name, model in found.items()}
-    kept = best(scores)
-    return Choice(kept, found[kept], scores)
+    by_case = {name: _validation(model, site) for name, model in found.items()}
+    kept = choose(by_case, site.study.finale.choice)
+    return Choice(kept, found[kept], {name: mean(dice) for name, dice in by_case.items()})
 
 
 def clear_shelf(site: Site, key: RoundKey) -> None:
     """Remove finished candidates, once the choice is in the site's store."""
     remove_directory(_shelf(site, key))
-
-
-def best(scores: Mapping[Name, float | None]) -> Name:
-    """The highest. Without validation cases the one that was trained on most.
-
-    Measured without a choice, training everything further was worth most; see docs/evidence.md.
-    """
-    known = {n: score for n in _ORDER if (score := scores.get(n)) is not None}
-    if known:
-        return max(known, key=lambda name: known[name])  # the first of equals
-    last: tuple[Name, ...] = ("whole", "own", "between", "federated", "local")
-    return next(name for name in last if name in scores)
 
 
 def detached(network: nn.Module) -> State:
@@ -126,7 +112,9 @@ def detached(network: nn.Module) -> State:
 
 
 def _shelf(site: Site, key: RoundKey) -> Path:
-    return site.store.folder / f"finale-{key.base[:16]}"
+    # What the site carries belongs to it: a site without shared weights has one base for ever.
+    mark = site.store.mark_before(key.round)
+    return site.store.folder / f"finale-{key.base[:16]}-{mark[:16]}"
 
 
 def _has_own_part(network: nn.Module, partition: Partition) -> bool:
@@ -203,12 +191,12 @@ def _half_way(first: State, second: State) -> State:
     }
 
 
-def _validation(model: Candidate, site: Site) -> float | None:
-    """Mean Dice over the validation cases, each the mean over its classes."""
+def _validation(model: Candidate, site: Site) -> dict[str, float]:
+    """Dice of every validation case, the mean over its classes."""
     model.network.load_state_dict(model.state)
     rows = evaluate_split(model.network, site, "validation", round_=0, slow=False)
     cases: dict[str, list[float]] = {}
     for row in rows:
         if row.dice is not None:
             cases.setdefault(row.case, []).append(row.dice)
-    return statistics.fmean(map(statistics.fmean, cases.values())) if cases else None
+    return {case: statistics.fmean(values) for case, values in cases.items()}

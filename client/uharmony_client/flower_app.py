@@ -52,10 +52,14 @@ OnInstruction = Callable[[Instruction], None]
 
 @dataclass(frozen=True)
 class Listeners:
-    """Who is told what happens: an instruction (before it is followed), a step, the end."""
+    """Who is told what happens: an instruction (before it is followed), a step, the end.
+
+    `alone` is told the steps of the local-only model, whose rounds begin anew in a finale.
+    """
 
     instruction: OnInstruction = lambda order: None
     step: OnStep | None = None
+    alone: OnStep | None = None
     finished: Callable[[], None] = lambda: None
 
 
@@ -164,7 +168,8 @@ def _finale(
     """The site's own steps from the last weights; what it kept, measured."""
     bench = _bench(desk, site, order, message)
     on_step = _listener(desk, site, order.round)
-    metrics = finale_metrics(site, bench, alone=alone_candidate(site), on_step=on_step)
+    alone = alone_candidate(site, on_step=desk.listeners.alone)
+    metrics = finale_metrics(site, bench, alone=alone, on_step=on_step)
     if out.ledger is not None:
         keep_personal_model(site, bench.shared)
     return _carried(out.payload(metrics, None))

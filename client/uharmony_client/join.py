@@ -11,6 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from uharmony_client.finale_plan import finale_view, stays_view, values_asked
 from uharmony_client.home import Home
 from uharmony_client.joining import enrol, fetch_ca, fetch_study
 from uharmony_client.policy import publication_view, require_allowed, shared_parts
@@ -82,9 +83,10 @@ def study_view(study: Study, home: Home) -> RenderableType:
         f"batch {training.batch_size}, patch {'x'.join(map(str, training.patch))}",
         "network": f"{study.network.name} {list(study.network.features)}",
         "leaves": f"parts of the model: {', '.join(shared_parts(study))}; "
-        f"values: {', '.join(study.asks)}",
+        f"values: {', '.join(values_asked(study))}",
+        "at home": finale_view(study),
         "published": publication_view(policy, study),
-        "stays": ", ".join(sorted(study.plan.local)) or "no part of the model",
+        "stays": stays_view(study),
         "small cells": f"numbers over fewer than {policy.min_cases} cases do not leave",
         "weighing": federation.weighting,
         "quorum": f"{federation.min_sites} sites, {federation.min_cases} cases",

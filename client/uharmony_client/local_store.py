@@ -15,10 +15,15 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import PositiveInt
+from pydantic import (
+    NonNegativeInt,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
@@ -54,11 +59,22 @@ class RoundKey:
 
 
 class _Facts(Frozen):
+    """`started_from` is the round that this one went on from, 0 for none; None where not known."""
+
     format: Literal[2] = 2
     study: str
     round: PositiveInt
     base: str
     sha256: dict[str, Digest]
+    started_from: NonNegativeInt | None = None
+
+    @model_serializer(mode="wrap")
+    def _known(self, default: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Records from before there was this field have to stay canonical.
+        content: dict[str, Any] = default(self)
+        if self.started_from is None:
+            del content["started_from"]
+        return content
 
 
 class _Sealed(Frozen):
@@ -105,6 +121,7 @@ class LocalStore:
             round=key.round,
             base=key.base,
             sha256={n: hashlib.sha256(data).hexdigest() for n, data in contents.items()},
+            started_from=self._starts_from(key.study, key.round),
         )
         try:
             for name, data in contents.items():
@@ -159,30 +176,41 @@ class LocalStore:
         return None if facts is None else self._tensors(number, facts)
 
     def started_from(self, study: str, round_: int) -> int:
-        """The round whose generation `round_` starts from; 0 for a newcomer.
+        """The round whose generation `round_` starts from; 0 where the site had none before it.
 
         Raises:
             StoreError: that generation is no longer kept.
         """
-        rounds = self._rounds()
-        earlier = [r for r in rounds if r < round_]
-        if not earlier and rounds and round_ > 1:
+        number = self._starts_from(study, round_)
+        if number is None:
             raise StoreError(
-                f"round {round_} cannot start: this site keeps rounds {rounds} only; "
+                f"round {round_} cannot start: this site keeps rounds {self._rounds()} only; "
                 "resume the study at a later round or start a new study"
             )
-        return earlier[-1] if earlier else 0
+        return number
 
-    def newest(self, study: str) -> int:
-        """The newest round this site has done; 0 when it has done none.
+    def newest(self, study: str, *, up_to: int | None = None) -> int:
+        """The newest round this site has done, of those `up_to` one; 0 when it has done none.
 
         Raises:
             StoreError: its record is damaged or of another study.
         """
-        number = max(self._rounds(), default=0)
+        number = max((r for r in self._rounds() if up_to is None or r <= up_to), default=0)
         if number:
             self._facts(number, study)
         return number
+
+    def mark_before(self, round_: int) -> str:
+        """SHA-256 of the record of what `round_` starts from, or that of nothing where none is.
+
+        Never an error: it tells files apart that belong to different beginnings.
+        """
+        earlier = [r for r in self._rounds() if r < round_]
+        data = b""
+        if earlier:
+            with suppress(OSError):
+                data = (self._path(earlier[-1]) / _RECORD).read_bytes()
+        return hashlib.sha256(data).hexdigest()
 
     def _place(self, round_: int) -> Path:
         return self.folder / f"round-{round_:06d}"
@@ -196,6 +224,21 @@ class LocalStore:
     def _rounds(self) -> list[int]:
         paths = self.folder.iterdir() if self.folder.is_dir() else ()
         return sorted({int(found[1] or found[2]) for p in paths if (found := _ROUND.match(p.name))})
+
+    def _starts_from(self, study: str, round_: int) -> int | None:
+        """As `started_from`; None where it is no longer kept, or nobody can tell."""
+        rounds = self._rounds()
+        earlier = [r for r in rounds if r < round_]
+        if earlier:
+            return earlier[-1]
+        if not rounds or round_ == 1:
+            return 0
+        # Whoever began from nothing with the oldest round that is kept had none before it.
+        try:
+            oldest = self._facts(rounds[0], study)
+        except StoreError:
+            return None
+        return 0 if oldest is not None and oldest.started_from == 0 else None
 
     def _facts(self, round_: int, study: str) -> _Facts | None:
         """The record of a round, None when the round was not done here."""

@@ -1,4 +1,4 @@
-"""Reads and writes NIfTI volumes that come from outside and may be damaged or hostile.
+"""Reads NIfTI volumes that come from outside and may be damaged or hostile.
 
 Nothing is allocated before the header's claims are checked, no more is decompressed than the
 header declares, and no text field of a header (they hold names of patients) is kept or shown.
@@ -24,10 +24,8 @@ from uharmony_client.volume_header import (
     HEADERS,
     Triple,
     VolumeHeader,
-    encode_volume,
 )
 from uharmony_client.volume_stream import HEADER_SIZES, open_stream, read_block
-from uharmony_model.atomic import write_atomic
 
 MAX_VOXELS = 512**3
 MAX_CHANNELS = 16
@@ -82,16 +80,6 @@ def load_volume(
     # The file has i fastest, so the reversed shape is C-contiguous and its transpose a view.
     array = flat.reshape(header.channels, *reversed(header.shape)).transpose(0, 3, 2, 1)
     return LoadedVolume(array[0] if header.channels == 1 else array, header.affine, header)
-
-
-def save_segmentation(path: Path, label: NDArray[np.uint8], header: VolumeHeader) -> None:
-    """Write a label map (D, H, W), or one mask a channel (J, D, H, W), as uint8 on the grid."""
-    write_atomic(path, encode_volume(label.astype(np.uint8, copy=False), header))
-
-
-def save_probabilities(path: Path, values: NDArray[np.float32], header: VolumeHeader) -> None:
-    """Write (J, D, H, W) as a 4D float32 file on the grid, channels last as NIfTI has them."""
-    write_atomic(path, encode_volume(values.astype(np.float32, copy=False), header))
 
 
 def _read_header(

@@ -26,7 +26,9 @@ if TYPE_CHECKING:  # a command that only reads site.yaml need not load torch
     from uharmony_model.exchange.payload import Value
 
 CASES, LOSS, N_CASES = "cases", "loss", "n_cases"
-# Bookkeeping, nothing about patients: the number of a round; which model a site kept at the end.
+# Beside what `metrics` names: the number of a round, which says nothing about patients, and which
+# model a site kept at the end, which its validation patients decided. That is one of five words,
+# and it leaves also where all their means are withheld.
 STARTED_FROM, KEPT = "started_from", "kept"
 # What an allowed metric brings with it: its interval.
 _WITH = {"dice": ("dice_low", "dice_high")}

@@ -95,6 +95,14 @@ def predict(
         typer.Option(help="Keep the model of --few-shot in this folder, with --name as its site."),
     ] = None,
     name: Annotated[str, typer.Option(help="Name of the site that --few-shot makes.")] = "few-shot",
+    annotated: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CLASS,...",
+            help="The classes that are drawn in the cases of --few-shot; the others are then no "
+            "background. Default: all.",
+        ),
+    ] = None,
     modality: Annotated[
         str | None,
         typer.Option(help="The study's name of the modality; one for each channel, by commas."),
@@ -126,7 +134,9 @@ def predict(
         raise ConfigError("no volume to segment; give one or more NIfTI files after the model")
     requests = plan_requests(volumes or [])
     _refuse_existing(requests, out, force=force, probabilities=probabilities)
-    refuse_conflicts(site, domain, few_shot, save_model, test_time=test_time, strict=strict)
+    refuse_conflicts(
+        site, domain, few_shot, save_model, test_time=test_time, strict=strict, annotated=annotated
+    )
     where = choose_device(device)
     named: Sequence[str] = modality.split(",") if modality else ()
     if few_shot is not None:
@@ -137,6 +147,7 @@ def predict(
             name=name,
             steps=steps,
             modalities=named,
+            annotated=annotated.split(",") if annotated is not None else (),
             device=where,
             max_voxels=max_voxels,
             force=force,

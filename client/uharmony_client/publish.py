@@ -119,7 +119,8 @@ def patients_by_domain(site: Site) -> dict[str, int]:
 
 def reasons_of(site: Site, what: Publishable) -> dict[str, Reason]:
     """Why each domain is published or not, where the policy allows it."""
-    if not site.store.newest(site.study.digest):
+    # A site that came for the finale has a model, and no residuals that others have learned with.
+    if not site.store.newest(site.study.digest, up_to=site.study.training.rounds):
         return dict.fromkeys(site.domains, Reason.NOT_TRAINED)
     return domain_reasons(
         site.name, patients_by_domain(site), what, site.study.publication, site.config.policy

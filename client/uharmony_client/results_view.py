@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from uharmony_client.site_results import Comparison, Interval, SiteResults
-from uharmony_service.page import UNDEFINED
+from uharmony_service.page import UNDEFINED, number, points
 
 
 def results_json(results: SiteResults) -> str:
@@ -18,6 +18,9 @@ def results_json(results: SiteResults) -> str:
     return json.dumps(
         {
             "round": results.round,
+            "model": results.label,
+            "kept": results.kept,
+            "before_finale": None if results.before is None else _plain(results.before),
             "classes": [_plain(found) for found in (*results.classes, results.overall)],
         },
         indent=1,
@@ -27,7 +30,7 @@ def results_json(results: SiteResults) -> str:
 def results_view(results: SiteResults) -> RenderableType:
     """Dice of both models by class, with 95 % intervals over cases."""
     table = Table(title=f"Test Dice after round {results.round}", title_justify="left")
-    for column in ("class", "n", "federated", "own, local-only", "difference", ""):
+    for column in ("class", "n", results.label, "own, local-only", "difference", ""):
         table.add_column(column)
     for found in (*results.classes, results.overall):
         table.add_row(
@@ -38,8 +41,33 @@ def results_view(results: SiteResults) -> RenderableType:
             _shown(found.difference),
             found.word,
         )
-    note = "above, below, not below: with 95 % over cases; not below allows one Dice point"
-    return Group(table, Text(note, style="dim"))
+    lines = [Text(line) for line in finale_lines(results)]
+    note = (
+        "above, below, not below: with 95 % over patients, six at least; "
+        "not below allows one Dice point"
+    )
+    return Group(table, *lines, Text(note, style="dim"))
+
+
+def finale_lines(results: SiteResults) -> list[str]:
+    """What became of the federation's model at the site's finale; nothing without one."""
+    lines = []
+    if results.kept == "local":
+        lines.append("This site kept its local-only model: both columns are models of its own.")
+    elif results.kept == "federated":
+        lines.append("This site kept the model of the federation as it was after the last round.")
+    elif results.kept is not None:
+        lines.append(f"After the last round this site trained at home and kept: {results.kept}.")
+    before = results.before
+    if before is not None and before.difference.mean is not None:
+        found = before.difference
+        lines.append(
+            "The federation's model after the last round, without the steps at home: Dice "
+            f"{number(before.federated.mean, 3)}, difference to local-only "
+            f"{points(found.mean)} points ({points(found.low)} to {points(found.high)}), "
+            f"{before.word}."
+        )
+    return lines
 
 
 def _plain(found: Comparison) -> dict[str, object]:

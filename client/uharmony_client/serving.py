@@ -14,8 +14,10 @@ from torch import Tensor
 from uharmony_client.domain_choice import AUTO, Chosen, DomainChooser
 from uharmony_client.few_shot import STEPS, FewShot, fit_domain, save_fitted
 from uharmony_client.nifti import MAX_VOXELS
+from uharmony_client.site_config import SiteConfig
 from uharmony_model.bundle import Model, load_bundle
 from uharmony_model.errors import ConfigError
+from uharmony_model.frozen import parse
 from uharmony_model.publication import read_publication
 from uharmony_model.test_time import MixtureSearch
 
@@ -98,22 +100,28 @@ def fit_serving(
     device: torch.device,
     steps: int = STEPS,
     modalities: Sequence[str] = (),
+    annotated: Sequence[str] = (),
     max_voxels: int = MAX_VOXELS,
     force: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> Serving:
     """The model with a site of its own, fitted to a few labelled `cases` (see `few_shot`).
 
-    With `save_model` it is kept there; an earlier model goes only with `force`.
+    `annotated` names the classes that are drawn in the cases, none means all of them. With
+    `save_model` the model is kept there; an earlier one goes only with `force`.
 
     Raises:
-        ConfigError: the model has no residuals, or `save_model` cannot be used.
+        ConfigError: the model has no residuals or no such class, or `save_model` cannot be used.
         DataError: the cases are too few or do not fit the study.
         StoreError: a file is damaged, or the disk is full.
     """
     _refuse_model_folder(save_model, folder, force=force)
     chooser = DomainChooser.of(load_bundle(folder, None), read_publication(folder))
     chooser.model.network.to(device)
+    like = None
+    if annotated:
+        drawn = {"name": name, "cases": cases, "store": cases, "annotated": list(annotated)}
+        like = parse(SiteConfig, drawn, "--annotated")
 
     def tell(step: int, loss: float) -> None:
         if (step + 1) * 10 // steps > step * 10 // steps:
@@ -128,6 +136,7 @@ def fit_serving(
         modalities=modalities,
         max_voxels=max_voxels,
         on_step=tell,
+        like=like,
     )
     say(fitted.summary)
     # Loaded again even where it is not kept, so that its digest is the one of a later --site.
@@ -163,6 +172,7 @@ def refuse_conflicts(
     *,
     test_time: bool,
     strict: bool,
+    annotated: str | None = None,
 ) -> None:
     """Refuse options that say two things.
 
@@ -174,6 +184,8 @@ def refuse_conflicts(
         raise ConfigError("--few-shot makes a site and a domain; leave --site and --domain out")
     if save_model is not None and few_shot is None:
         raise ConfigError("--save-model keeps what --few-shot makes; give --few-shot DIR too")
+    if annotated is not None and few_shot is None:
+        raise ConfigError("--annotated says what --few-shot learns from; give --few-shot DIR too")
     if test_time and not auto:
         raise ConfigError("--test-time belongs to --domain auto, without --site and --few-shot")
     if strict and not auto:

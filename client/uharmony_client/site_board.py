@@ -17,16 +17,23 @@ _WORK: dict[str, State] = {
     "finale": "training",
     "publish": "evaluating",
 }
+_AFTER = {"finale": "finale", "publish": "publishing"}
 
 
 class SiteBoard(Said):
-    """run/status.json. Times are seconds since 1970; `asked` is the last instruction's."""
+    """run/status.json. Times are seconds since 1970; `asked` is the last instruction's.
+
+    `round` is at most `rounds`: what comes after the last round is said by `what`. `steps` are
+    those of a round, `finale_steps` those of each model that is trained in the finale.
+    """
 
     state: State = "starting"
     round: NonNegativeInt = 0
     rounds: NonNegativeInt = 0
     step: NonNegativeInt = 0
     steps: NonNegativeInt = 0
+    what: str = ""
+    finale_steps: NonNegativeInt = 0
     loss: float | None = None
     cases: NonNegativeInt = 0
     quarantined: NonNegativeInt = 0
@@ -40,11 +47,17 @@ class SiteBoardWriter(BoardWriter[SiteBoard]):
     def instruction(self, order: Instruction) -> None:
         """Note what is being asked."""
         state = _WORK.get(order.action, "waiting")
-        self.change(state=state, round=order.round, step=0, asked=time.time())
+        what = _AFTER.get(order.action, "")
+        round_ = min(order.round, self.said.rounds)
+        self.change(state=state, round=round_, step=0, what=what, asked=time.time())
 
     def step(self, site: str, round_: int, step: int, loss: float) -> None:
-        """Note a step of training."""
-        self.change(at_most_every=1.0, state="training", step=step + 1, loss=loss)
+        """Note a step of training; in a finale, of the rounds of the local-only model too."""
+        what = self.said.what
+        if what:
+            alone = round_ <= self.said.rounds
+            what = f"finale: local-only model, round {round_}" if alone else _AFTER["finale"]
+        self.change(at_most_every=1.0, state="training", step=step + 1, what=what, loss=loss)
 
     def idle(self) -> None:
         """Note that nothing is asked now, and that this process is alive."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import NonNegativeInt
 from torch import Tensor
@@ -19,13 +21,29 @@ from uharmony_model.frozen import Frozen, parse
 from uharmony_model.networks import build_network
 from uharmony_model.schedule import finale_round
 from uharmony_model.segmentation_network import SegmentationNetwork
+from uharmony_model.training_settings import Candidate
 
 _ROUND_FILE = "round.json"
-_MAX_ROUND_BYTES = 1 << 12
+_FINALE_FILE = "finale.json"
+_MAX_NOTE_BYTES = 1 << 12
+
+log = logging.getLogger(__name__)
+_Note = TypeVar("_Note", bound=Frozen)
 
 
-class _Round(Frozen):
+class ModelNote(Frozen):
+    """The round after which a model was kept; after a finale also which candidate it is."""
+
     round: NonNegativeInt
+    kept: Candidate | None = None
+
+
+class _Finale(Frozen):
+    """evaluations/finale.json, as `site_round` writes it."""
+
+    round: NonNegativeInt
+    kept: Candidate
+    validation_dice: dict[Candidate, float | None]
 
 
 def federated_model(site: Site) -> Path:
@@ -50,7 +68,14 @@ def keep_personal_model(site: Site, shared: Mapping[str, Tensor]) -> Path:
     Raises:
         StoreError: as `keep_federated_model`.
     """
-    return keep_federated_model(site, shared, finale_round(site.study))
+    folder, round_ = federated_model(site), finale_round(site.study)
+    try:
+        kept = _read(site.evaluations / _FINALE_FILE, _Finale).kept
+    except (ConfigError, StoreError) as error:
+        log.warning("what was kept is not noted beside the model: %s", error)
+        kept = None
+    save_site_model(folder, site, shared, carried_after(site, round_), round_, kept=kept)
+    return folder
 
 
 def save_site_model(
@@ -59,6 +84,8 @@ def save_site_model(
     shared: Mapping[str, Tensor],
     carried: Mapping[str, Tensor],
     round_: int,
+    *,
+    kept: Candidate | None = None,
 ) -> None:
     """Write a model with this site's entry alone; `carried` is what the site has after `round_`.
 
@@ -74,7 +101,7 @@ def save_site_model(
         {site.name: site.domains},
         {site.name: site.modalities},
         own={} if own is None else {site.name: own},
-        notes={_ROUND_FILE: json.dumps({"round": round_}).encode()},
+        notes={_ROUND_FILE: ModelNote(round=round_, kept=kept).model_dump_json().encode()},
     )
 
 
@@ -98,21 +125,23 @@ def site_network(
     return network
 
 
-def kept_round(folder: Path) -> int:
-    """The round after which a model was kept.
+def model_note(folder: Path) -> ModelNote:
+    """After which round a model was kept, and what a finale made of it.
 
     Raises:
         ConfigError: there is no such model yet.
         StoreError: its note is damaged.
     """
     path = folder / _ROUND_FILE
+    if not path.is_file():
+        raise ConfigError(f"{folder}: no model of this study yet; it is kept after the last round")
+    return _read(path, ModelNote)
+
+
+def _read(path: Path, note: type[_Note]) -> _Note:
     try:
         with path.open("rb") as file:
-            content = json.loads(file.read(_MAX_ROUND_BYTES))
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{folder}: no model of this study yet; it is kept after the last round"
-        ) from None
+            content = json.loads(file.read(_MAX_NOTE_BYTES))
     except (OSError, ValueError, RecursionError) as error:
         raise StoreError(f"{path}: not readable ({type(error).__name__}); restore it") from None
-    return parse(_Round, content, str(path)).round
+    return parse(note, content, str(path))

@@ -50,7 +50,12 @@ def work(home: Home, port: int) -> None:
     training = study.training
     board = SiteBoardWriter(
         home.run / "status.json",
-        SiteBoard(state="preparing", rounds=training.rounds, steps=training.local_steps),
+        SiteBoard(
+            state="preparing",
+            rounds=training.rounds,
+            steps=training.local_steps,
+            finale_steps=study.finale.steps,
+        ),
     )
     keep_freed_pages()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -65,7 +70,10 @@ def work(home: Home, port: int) -> None:
         lambda context: site,
         outgoing=lambda opened: outgoing,
         listeners=Listeners(
-            instruction=board.instruction, step=board.step, finished=lambda: finished.append(True)
+            instruction=board.instruction,
+            step=board.step,
+            alone=board.step,
+            finished=lambda: finished.append(True),
         ),
     )
     execute_tasks(

@@ -25,13 +25,15 @@ from torch import nn
 from uharmony_client.alone import alone_site
 from uharmony_client.case_table import Case
 from uharmony_client.evaluate import CaseRow, predict_masks
+from uharmony_client.finale_plan import stays_view
+from uharmony_client.results_view import finale_lines
 from uharmony_client.site import Site
 from uharmony_client.site_results import SiteResults, load_for_site
 from uharmony_model.atomic import write_atomic
+from uharmony_model.metrics import FEWEST_PATIENTS
 from uharmony_model.targets import to_targets
 from uharmony_service.page import data_uri, number, points, shown, tone
 
-FEW_CASES = 6  # with fewer, not even differences of one sign can be significant at 5 %
 WIDTH, HEIGHT = 760.0, 220.0
 LEFT, RIGHT, TOP, BOTTOM = 44.0, 12.0, 12.0, 34.0
 _ROWS = re.compile(r"^validation-round-(\d{6,})\.csv$")
@@ -103,12 +105,14 @@ def write_site_report(path: Path, site: Site, results: SiteResults) -> None:
     environment.filters |= {"png": data_uri, "size": human_bytes}
     html = environment.get_template("site_report.html.jinja").render(
         site=site.name,
+        stays=stays_view(site.study),
         study=site.study,
         digest=site.study.digest,
         results=results,
         train=len(site.split("train")),
         patients=len({case.patient for case in site.split("test")}),
-        few=FEW_CASES,
+        few=FEWEST_PATIENTS,
+        finale_lines=finale_lines(results),
         details=_details(results),
         domains={row.case: row.domain for row in results.federated},
         sent=read_sent(site.config.store / "ledger" / "ledger.jsonl", site.study.digest),
@@ -163,7 +167,7 @@ def _details(results: SiteResults) -> list[tuple[str, list[tuple[str, list[str]]
     found = []
     for comparison in results.classes:
         rows = []
-        for model, every in (("federated", results.federated), ("local-only", results.alone)):
+        for model, every in ((results.label, results.federated), ("local-only", results.alone)):
             own = [row for row in every if row.class_name == comparison.name]
             rows.append((model, [number(_mean(own, m), digits) for m, _, digits in DETAILS]))
         found.append((comparison.name, rows))
@@ -176,15 +180,19 @@ def _mean(rows: Sequence[CaseRow], metric: str) -> float | None:
 
 
 def _chart(site: Site) -> Chart | None:
-    """Validation Dice of both models over the rounds, where rows of it were kept."""
+    """Validation Dice of both models over the rounds, where rows of it were kept.
+
+    What was chosen by the validation split at a finale is no point of a curve.
+    """
+    rounds = site.study.training.rounds
     curves = {
-        "federated": _validation(site.evaluations),
-        "local-only": _validation(alone_site(site).evaluations),
+        "federated": _validation(site.evaluations, rounds),
+        "local-only": _validation(alone_site(site).evaluations, rounds),
     }
     values = [value for curve in curves.values() for value in curve.values()]
     if not values:
         return None
-    last = max(site.study.training.rounds, *(r for curve in curves.values() for r in curve))
+    last = rounds
     bottom, top = math.floor(min(values) * 10) / 10, math.ceil(max(values) * 10) / 10
     top = max(top, bottom + 0.1)
 
@@ -218,11 +226,11 @@ def _tenths(bottom: float, top: float) -> range:
     return range(round(bottom * 10), round(top * 10) + 1, 2 if top - bottom > 0.55 else 1)
 
 
-def _validation(folder: Path) -> dict[int, float]:
-    """Mean Dice by round: over the cases of a class, then over the classes."""
+def _validation(folder: Path, rounds: int) -> dict[int, float]:
+    """Mean Dice by round of the federation: over the cases of a class, then over the classes."""
     curve: dict[int, float] = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if not (named := _ROWS.match(path.name)):
+        if not (named := _ROWS.match(path.name)) or int(named[1]) > rounds:
             continue
         classes: dict[str, list[float]] = {}
         with path.open(newline="") as lines:
@@ -242,16 +250,16 @@ def _pictures(site: Site, results: SiteResults) -> list[Picture]:
     chosen = {"median": pairs[len(pairs) // 2], "lowest": pairs[0]}
     pictures = []
     for model, folder, where in (
-        ("federated", results.federated_model, site),
+        (results.label, results.federated_model, site),
         ("local-only", results.alone_model, alone_site(site)),
     ):
         network = load_for_site(where, folder).network.to(site.device)
         for which, pair in chosen.items():
             case = next(c for c in site.split("test") if c.case == pair.case)
-            dice = pair.federated if model == "federated" else pair.alone
+            dice = pair.alone if model == "local-only" else pair.federated
             png = _draw(network, where, case)
             pictures.append(Picture(model, which, pair.case, dice, png))
-    return sorted(pictures, key=lambda p: (p.which != "median", p.model != "federated"))
+    return sorted(pictures, key=lambda p: (p.which != "median", p.model == "local-only"))
 
 
 def _draw(network: nn.Module, site: Site, case: Case) -> bytes:

@@ -1,43 +1,56 @@
 """Did the federation serve this site? Its model against the site's own, case by case.
 
 Both models are measured on the same test cases, so each case gives a paired difference. What is
-said of them is one of four words, always with the number of cases behind it.
+said of them is one of four words, always with the number of cases behind it. After a finale the
+site's model is what it chose, which may be its own: then the model of the federation as it was
+after the last round is compared too, by the rows that were kept of it.
 """
 
 from __future__ import annotations
 
+import csv
+import logging
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 from uharmony_client.alone import alone_model, alone_site
 from uharmony_client.evaluate import CaseRow, evaluate_split, save_rows
 from uharmony_client.site import Site
-from uharmony_client.site_models import kept_round
+from uharmony_client.site_models import model_note
 from uharmony_model.bundle import Model, load_bundle
 from uharmony_model.errors import ConfigError, StoreError
-from uharmony_model.metrics import bootstrap_interval
+from uharmony_model.metrics import Word, bootstrap_interval, paired_word
 from uharmony_model.randomness import numpy_generator
+from uharmony_model.training_settings import Candidate
 
-Word = Literal["above", "below", "not below", "undecided"]
-MARGIN = 0.01  # one Dice point: what may be lost and still be called not below
+log = logging.getLogger(__name__)
+_TEXTS = ("case", "patient", "site", "domain", "split", "class_name")
+_NUMBERS = ("dice", "surface_dice", "hd95_mm", "lesion_recall", "fp_per_case")
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over `n` cases and its 95 % bootstrap interval; None where no case has a value."""
+    """A mean over `n` cases and its 95 % bootstrap interval over their patients.
+
+    None where no case has a value.
+    """
 
     mean: float | None
     low: float | None
     high: float | None
     n: int
+    patients: int
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Dice of both models for one class, and of the paired differences (federated - own)."""
+    """Dice of both models for one class, and of the paired differences (federated - own).
+
+    `federated` is the model that the site has from the study, whatever it chose at its finale.
+    """
 
     name: str
     federated: Interval
@@ -47,7 +60,8 @@ class Comparison:
     @property
     def word(self) -> Word:
         """What the differences say."""
-        return verdict(self.difference)
+        found = self.difference
+        return paired_word(found.low, found.high, found.patients)
 
 
 @dataclass(frozen=True)
@@ -69,6 +83,8 @@ class SiteResults:
     """The comparison at one site. `federated` and `alone` are the rows of every case and class.
 
     `overall` is the mean over classes; `cases` go from the worst under the federated model up.
+    After a finale `kept` is what the site chose, and `before` the federation's model after the
+    last round against the same local-only model, where its rows are still there.
     """
 
     round: int
@@ -79,6 +95,9 @@ class SiteResults:
     cases: tuple[PairedCase, ...]
     federated_model: Path
     alone_model: Path
+    label: str = "federated"
+    kept: Candidate | None = None
+    before: Comparison | None = None
 
 
 def evaluate_site(site: Site, model_folder: Path) -> SiteResults:
@@ -89,7 +108,8 @@ def evaluate_site(site: Site, model_folder: Path) -> SiteResults:
             has no test case.
         StoreError: a model is damaged.
     """
-    own, round_ = alone_site(site), kept_round(model_folder)
+    own, note = alone_site(site), model_note(model_folder)
+    round_ = note.round
     federated = load_for_site(site, model_folder)
     if not (alone_model(site) / "study.json").is_file():
         raise ConfigError(f"{alone_model(site)}: no local-only model yet; train it first")
@@ -102,14 +122,54 @@ def evaluate_site(site: Site, model_folder: Path) -> SiteResults:
     rows: list[tuple[CaseRow, ...]] = []
     for where, model, number in (
         (site, federated, round_),
-        (own, alone, kept_round(alone_model(site))),
+        (own, alone, model_note(alone_model(site)).round),
     ):
         network = model.network.to(where.device)
         found = evaluate_split(network, where, "test", round_=number, slow=True)
         network.cpu()  # one model on the device at a time
         save_rows(found, where, "test", number)
         rows.append(tuple(found))
-    return compare(site, rows[0], rows[1], round_=round_, federated_model=model_folder)
+    results = compare(site, rows[0], rows[1], round_=round_, federated_model=model_folder)
+    if round_ <= site.study.training.rounds:
+        return results
+    before = None if note.kept == "federated" else _before(site, rows[1], model_folder)
+    return replace(results, label=label_of(note.kept), kept=note.kept, before=before)
+
+
+def label_of(kept: Candidate | None) -> str:
+    """How the model is called that a site has after its finale."""
+    if kept is None:
+        return "federated, then at home"
+    if kept == "federated":
+        return "federated"
+    if kept == "local":
+        return "kept: local-only"
+    return f"federated, then at home: {kept}"
+
+
+def _before(site: Site, alone: Sequence[CaseRow], folder: Path) -> Comparison | None:
+    """The federation's model as it was after the last round; None where no rows fit."""
+    last = site.study.training.rounds
+    path = site.evaluations / f"test-round-{last:06d}.csv"
+    try:
+        rows = _kept_rows(path)
+        return compare(site, rows, alone, round_=last, federated_model=folder).overall
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, csv.Error, StoreError) as error:
+        log.warning("%s: not compared: %s", path, error)
+        return None
+
+
+def _kept_rows(path: Path) -> list[CaseRow]:
+    """The rows as `save_rows` wrote them."""
+    rows = []
+    with path.open(newline="") as lines:
+        for row in csv.DictReader(lines):
+            values: dict[str, Any] = {name: row[name] for name in _TEXTS}
+            values |= {name: float(row[name]) if row[name] else None for name in _NUMBERS}
+            rows.append(CaseRow(**values, round=int(row["round"])))
+    return rows
 
 
 def load_for_site(site: Site, folder: Path) -> Model:
@@ -151,10 +211,11 @@ def compare(
         raise StoreError(
             f"site {site.name}: the two models were measured on different cases; measure again"
         )
-    names = list(dict.fromkeys(row.case for row in federated))
+    patients = {row.case: row.patient for row in federated}
+    names = list(patients)
     classes = []
     for name in dict.fromkeys(row.class_name for row in federated):
-        pairs = [(ours[case, name], theirs[case, name]) for case in names]
+        pairs = [(patients[case], ours[case, name], theirs[case, name]) for case in names]
         classes.append(_comparison(site, name, pairs, round_))
     cases = []
     for case in names:
@@ -167,7 +228,7 @@ def compare(
                     alone=statistics.fmean([v for k in keys if (v := theirs[k]) is not None]),
                 )
             )
-    overall = [(pair.federated, pair.alone) for pair in cases]
+    overall = [(patients[pair.case], pair.federated, pair.alone) for pair in cases]
     return SiteResults(
         round=round_,
         federated=tuple(federated),
@@ -180,42 +241,28 @@ def compare(
     )
 
 
-def verdict(difference: Interval) -> Word:
-    """One word for paired differences; one case alone decides nothing.
-
-    `above` and `below`: the interval lies on one side of 0. `not below`: it lies above minus one
-    Dice point. Else `undecided`.
-    """
-    low, high = difference.low, difference.high
-    if low is None or high is None or difference.n < 2:
-        return "undecided"
-    if low > 0:
-        return "above"
-    if high < 0:
-        return "below"
-    return "not below" if low > -MARGIN else "undecided"
-
-
 def _comparison(
     site: Site,
     name: str,
-    pairs: Sequence[tuple[float | None, float | None]],
+    pairs: Sequence[tuple[str, float | None, float | None]],
     round_: int,
 ) -> Comparison:
-    both = [(a, b) for a, b in pairs if a is not None and b is not None]
+    both = [(p, a, b) for p, a, b in pairs if a is not None and b is not None]
+    patients = [patient for patient, _, _ in both]
 
     def interval(values: Sequence[float]) -> Interval:
-        # One draw for all: the same cases are drawn for both models and every class.
+        # One draw for all: the same patients are drawn for both models and every class.
         where = (site.name, round_, "bootstrap", "comparison")
         generator = numpy_generator(site.study.seed, *where)
-        found = bootstrap_interval(values, site.study.evaluation.bootstrap, generator)
-        return Interval(*found, n=len(values))
+        resamples = site.study.evaluation.bootstrap
+        found = bootstrap_interval(values, resamples, generator, patients=patients)
+        return Interval(*found, n=len(values), patients=len(set(patients)))
 
     return Comparison(
         name=name,
-        federated=interval([a for a, _ in both]),
-        alone=interval([b for _, b in both]),
-        difference=interval([a - b for a, b in both]),
+        federated=interval([a for _, a, _ in both]),
+        alone=interval([b for _, _, b in both]),
+        difference=interval([a - b for _, a, b in both]),
     )
 
 

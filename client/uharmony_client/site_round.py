@@ -125,6 +125,7 @@ def finale_metrics(
     key = RoundKey(study.digest, round_, bench.base)
     answer = store.update(key)
     if answer is not None:
+        clear_shelf(site, key)  # a kill may have come before it
         return answer
     _refuse_rollback(site, round_)
     carried = carried_after(site, round_ - 1)

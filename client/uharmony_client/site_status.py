@@ -46,8 +46,11 @@ def _facts(home: Home) -> dict[str, object]:
         "state": board.state,
         "round": f"{board.round} of {board.rounds}",
     }
+    if board.what and board.state in ("training", "evaluating"):
+        facts["work"] = board.what
     if board.state == "training":
-        facts["step"] = f"{board.step} of {board.steps}"
+        at_home = board.what == "finale"
+        facts["step"] = f"{board.step} of {board.finale_steps if at_home else board.steps}"
     if board.asked:
         facts["last_asked_seconds_ago"] = round(time.time() - board.asked)
     facts["cases"] = board.cases

@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from uharmony_client.personal import local_parameters
 from uharmony_client.site import Site
 from uharmony_model.errors import ExchangeError
 from uharmony_model.exchange.instruction import Instruction
@@ -80,8 +79,3 @@ def carried_after(site: Site, round_: int) -> dict[str, Tensor]:
     """What the site carries as it stands after a round; a newcomer's residuals are zero."""
     carried = site.store.before(site.study.digest, round_ + 1)
     return initial_local(site.study, site.domains) if carried is None else carried
-
-
-def site_parameters(site: Site, *, after_round: int) -> dict[str, Tensor]:
-    """The site's own parameters of the federated model, without optimiser moments."""
-    return local_parameters(carried_after(site, after_round))

@@ -14,7 +14,9 @@ from uharmony_service.board import BoardWriter, Said
 
 _LAST_REFUSALS = 100
 
-State = Literal["starting", "gathering", "running", "paused", "waiting", "finished"]
+State = Literal[
+    "starting", "gathering", "running", "paused", "waiting", "finale", "publishing", "finished"
+]
 
 
 class Board(Said):

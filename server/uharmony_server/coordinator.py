@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from uharmony_model.errors import QuorumError
+from uharmony_model.errors import QuorumError, StoreError
 from uharmony_model.initial import initial_weights
 from uharmony_model.participation import Participation, dump
 from uharmony_server.board import Board, CoordinatorBoard
@@ -24,7 +24,7 @@ from uharmony_server.link import LinkSession
 from uharmony_server.link_grid import LinkGrid, Waiting
 from uharmony_server.publish import publish
 from uharmony_server.registry import Registry
-from uharmony_server.rounds import Patience, run_rounds
+from uharmony_server.rounds import Last, Patience, run_rounds
 from uharmony_server.server_folder import ServerFolder
 from uharmony_service.command_line import run_process
 from uharmony_service.loopback import read_secret
@@ -98,6 +98,13 @@ def coordinate(folder: ServerFolder, port: int) -> Checkpoint:
             time.sleep(_LOOK_SECONDS)
         board.change(state="running", note="", round_started=time.time())
 
+    def before_last(what: Last) -> None:
+        while (folder.run / "paused").exists():
+            board.change(state="paused", note="")
+            grid.tend()
+            time.sleep(_LOOK_SECONDS)
+        board.change(state=what, note="", round_started=time.time())
+
     def missed(round_: int, error: QuorumError) -> None:
         nonlocal pause
         log.warning("%s; asking again in %.0f s", error, pause)
@@ -112,11 +119,13 @@ def coordinate(folder: ServerFolder, port: int) -> Checkpoint:
         nonlocal pause
         pause = _ASK_AGAIN_SECONDS
         _note(folder, board, state)
+        _hand_out_early(folder, state)
 
     schema, initial = initial_weights(study)
     known = read_latest(folder.rounds, study.digest, schema)
     if known is not None:
         board.round_done(known)
+        _hand_out_early(folder, known)
     board.change(state="gathering")
     link.open(members())
     state = run_rounds(
@@ -132,6 +141,7 @@ def coordinate(folder: ServerFolder, port: int) -> Checkpoint:
             late=grid.take_late,
             before_round=before_round,
             missed=missed,
+            before_last=before_last,
             # At its end a site may train alone what it trained with the others, and then some.
             finale_timeout=limits.deadline and limits.deadline * (study.training.rounds + 2),
         ),
@@ -146,6 +156,16 @@ def coordinate(folder: ServerFolder, port: int) -> Checkpoint:
 def _note(folder: ServerFolder, board: CoordinatorBoard, state: Checkpoint) -> None:
     board.round_done(state)
     dump(folder.path / "participation.json", participation_of(state))
+
+
+def _hand_out_early(folder: ServerFolder, state: Checkpoint) -> None:
+    """Report and model as soon as the last round is done: what follows may wait for sites."""
+    if state.round < folder.study.training.rounds:
+        return
+    try:
+        publish(folder, state)
+    except StoreError as error:  # at the end it is written again, and then it must be
+        log.warning("not handed out yet: %s", error)
 
 
 def participation_of(state: Checkpoint) -> Participation:

@@ -198,10 +198,10 @@ def _prototypes(release: AdmittedRelease, study: Study) -> tuple[Prototype, ...]
 def _worth_it(prototypes: Sequence[Prototype]) -> tuple[Prototype, ...]:
     """Those that are told apart in spite of their noise; the noisiest goes first.
 
-    Judged all at once, one small site would hide all others. One that is left of several would be
-    the nearest to every volume, so then there is none.
+    Judged all at once, one small site would hide all others. One alone would be the nearest to
+    every volume, and there is no limit beyond which a volume is refused; so then there is none.
     """
     kept = list(prototypes)
     while kept and not all(publishable(kept)):
         kept.remove(max(kept, key=lambda prototype: prototype.noise_norm))
-    return () if len(kept) == 1 < len(prototypes) else tuple(kept)
+    return () if len(kept) < 2 else tuple(kept)

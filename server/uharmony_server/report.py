@@ -137,7 +137,7 @@ def _results(records: Sequence[Record], classes: Sequence[str]) -> dict[str, obj
         "slots": curves.slots(arms),
         "sites": sites,
         "seeds": sorted({r.seed for r in records}),
-        "rounds": max((r.round for r in records), default=0),
+        "rounds": max((r.round for r in records if r.kept is None), default=0),
         "scores": {s: {a: scores.get((s, a), NO_SCORE) for a in arms} for s in sites},
         "cases": {s: most_cases(_row(scores, s, arms)) for s in sites},
         "all_cases": _all_cases(scores, sites, arms),

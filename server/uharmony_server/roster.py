@@ -74,6 +74,13 @@ class Roster:
             )
         return self.nodes
 
+    def away(self) -> frozenset[str]:
+        """The greeted sites that are not connected now; none where nobody can tell."""
+        if self._online is None:
+            return frozenset()
+        there = set(self._online())
+        return frozenset(site for node, site in self.nodes.items() if node not in there)
+
     def leave_out(self, sites: Collection[str]) -> None:
         """Forget sites, so that they are greeted again before the next round."""
         self.nodes = {node: site for node, site in self.nodes.items() if site not in sites}

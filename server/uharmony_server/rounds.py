@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from flwr.app import ConfigRecord
 from flwr.serverapp import Grid
@@ -27,6 +28,7 @@ from uharmony_server.strategy import HarmonyStrategy
 
 OnRound = Callable[[Checkpoint], None]
 Late = tuple[str, int]  # site, round
+Last = Literal["finale", "publishing"]  # what is done after the last round
 
 _FAREWELL_SECONDS = 30.0
 _FINALE_CALLS = 3
@@ -42,8 +44,10 @@ class Patience:
 
     `certified` tells whose certificate a node has, `online` which nodes are there; `late` gives
     the updates that came after their rounds, once each; `before_round` may wait (a pause, too few
-    sites); `missed` is told why a round did not count and waits before it is asked again. A finale
-    may take `finale_timeout` seconds: a site may train its model without anybody in it.
+    sites); `missed` is told why a round did not count and waits before it is asked again.
+    `before_last` may wait (a pause) before each call of the finale and before sites are asked to
+    publish. A finale may take `finale_timeout` seconds: a site may train its model without anybody
+    in it.
     """
 
     certified: SiteOf
@@ -51,6 +55,7 @@ class Patience:
     late: Callable[[], Iterable[Late]] = _nothing_late
     before_round: Callable[[int], None] = lambda round_: None
     missed: Callable[[int, QuorumError], None] = lambda round_, error: None
+    before_last: Callable[[Last], None] = lambda what: None
     finale_timeout: float | None = None
 
 
@@ -110,18 +115,23 @@ def run_rounds(
         save(folder, strategy.state)
         if on_round is not None:
             on_round(strategy.state)
-    for _ in range(calls):
+    for call in range(calls):
         if patience is not None:
-            with suppress(QuorumError):  # whoever is there; nobody is waited for
+            patience.before_last("finale")
+            with suppress(QuorumError):  # the others are asked when they come
                 strategy.greet(grid, timeout=_FAREWELL_SECONDS)
-        if strategy.all_at_home:
+        # Each was waited for once; a second time only whoever is there is.
+        away = strategy.away() if call else frozenset()
+        if strategy.all_at_home(away=away):
             break
-        _finale(strategy, grid, timeout if patience is None else patience.finale_timeout)
+        limit = timeout if patience is None else patience.finale_timeout
+        asked = strategy.configure_finale(strategy.arrays(), away=away)
+        strategy.aggregate_finale(grid.send_and_receive(asked, timeout=limit))
         save(folder, strategy.state)
         if on_round is not None:
             on_round(strategy.state)
     if form is not None:
-        _publication(strategy, form, grid, folder, timeout, greet=patience is not None)
+        _publication(strategy, form, grid, folder, timeout, patience)
     if patience is not None:
         # Also after a restart: a kill may have come between the last round and the farewell.
         with suppress(QuorumError):
@@ -145,20 +155,15 @@ def _publication(
     grid: Grid,
     folder: Path,
     timeout: float | None,
-    *,
-    greet: bool,
+    patience: Patience | None,
 ) -> None:
     """Ask for what sites publish; once any has answered, no more: it is an offer."""
     if strategy.state.published is not None:
         return
-    if greet:
+    if patience is not None:
+        patience.before_last("publishing")
         with suppress(QuorumError):
             strategy.greet(grid, timeout=_FAREWELL_SECONDS)
     asked = strategy.configure_publish(strategy.arrays())
     strategy.aggregate_publish(grid.send_and_receive(asked, timeout=timeout), form)
     save(folder, strategy.state)
-
-
-def _finale(strategy: HarmonyStrategy, grid: Grid, timeout: float | None) -> None:
-    asked = strategy.configure_finale(strategy.arrays())
-    strategy.aggregate_finale(grid.send_and_receive(asked, timeout=timeout))

@@ -9,19 +9,26 @@ from torch import Tensor
 
 from uharmony_model.errors import ExchangeError
 from uharmony_model.exchange.payload import quantize
+from uharmony_model.exchange.schema import Schema
 from uharmony_model.study import Study
 
 BETA_1, BETA_2, TAU = 0.9, 0.99, 1e-3  # of FedAdam, as Flower has them
+_VARIANCE = "running_var"  # as PyTorch's norms name it
 
 Moments = tuple[Tensor, ...]
 
 
 def next_weights(
-    study: Study, round_: int, base: Tensor, averaged: Tensor, moments: Moments | None
+    study: Study,
+    round_: int,
+    base: Tensor,
+    averaged: Tensor,
+    moments: Moments | None,
+    schema: Schema | None = None,
 ) -> tuple[Tensor, Moments | None]:
     """The weights `(n,)` after a round, and what the server's own optimiser carries on.
 
-    `averaged` is `base` plus the mean update.
+    `averaged` is `base` plus the mean update; `schema` tells which of them are running variances.
 
     Raises:
         ExchangeError: the result is not finite.
@@ -41,7 +48,7 @@ def next_weights(
     # The lossy downlink belongs to the study: what is sent is what counts.
     if study.codec.down != "fp32":
         weights = base + quantize(weights - base, study.codec.down)
-    return weights, moments
+    return (weights if schema is None else _variances_held(weights, schema)), moments
 
 
 def adam_step(
@@ -57,6 +64,25 @@ def adam_step(
     second = BETA_2 * second + (1 - BETA_2) * delta.square()
     rate *= math.sqrt(1 - BETA_2 ** (round_ + 1)) / (1 - BETA_1 ** (round_ + 1))
     return rate * first / (second.sqrt() + TAU), (first, second)
+
+
+def _variances_held(weights: Tensor, schema: Schema) -> Tensor:
+    """The weights with no running variance below zero, which a coarse step can make of a fall.
+
+    bf16 rounds an update to one part in 2^9: a variance that falls by more can end below zero, and
+    BatchNorm then takes the root of a negative number.
+    """
+    offset, below = 0, []
+    for spec in schema.tensors:
+        place = slice(offset, offset + spec.numel)
+        offset += spec.numel
+        if spec.name.rpartition(".")[2] == _VARIANCE and bool((weights[place] < 0).any()):
+            below.append(place)
+    if below:
+        weights = weights.clone()
+        for place in below:
+            weights[place].clamp_(min=0)
+    return weights
 
 
 def nesterov_step(

@@ -17,6 +17,10 @@ from uharmony_service.board import read_board
 from uharmony_service.lock import is_held
 
 _SHOWN_REFUSALS = 10
+_LAST_STEPS = {
+    "finale": "sites take their last steps at home",
+    "publishing": "sites are asked what they publish",
+}
 
 
 def status_json(folder: ServerFolder) -> str:
@@ -56,6 +60,8 @@ def status_view(folder: ServerFolder) -> RenderableType:
     head.add_row("round", f"{board.round} of {folder.study.training.rounds} done")
     if board.state in ("running", "waiting") and serving:
         head.add_row("", f"the next one runs since {_ago(board.round_started)}")
+    if board.state in _LAST_STEPS and serving:
+        head.add_row("", f"{_LAST_STEPS[board.state]} since {_ago(board.round_started)}")
     if board.weights:
         head.add_row("weights", board.weights)
     table = Table(title="Sites", title_justify="left")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -112,6 +112,7 @@ class HarmonyStrategy(Strategy):
             self.state.global_,
             total.apply(self.state.global_),
             self.state.momentum,
+            self.schema,
         )
         in_vain = {pair for pair in total.started_from if not self._journal.counted(*pair)}
         self._journal.enter(
@@ -146,8 +147,10 @@ class HarmonyStrategy(Strategy):
         )
         return self._roster.messages(order, "evaluate", arrays)
 
-    def configure_finale(self, arrays: ArrayRecord) -> Iterable[Message]:
-        """Ask sites for their own steps from the last weights; those that answered rest."""
+    def configure_finale(
+        self, arrays: ArrayRecord, *, away: Collection[str] = ()
+    ) -> Iterable[Message]:
+        """Ask sites for their own steps from the last weights; who answered or is `away` rests."""
         order = Instruction(
             action="finale",
             study=self.study.digest,
@@ -155,7 +158,8 @@ class HarmonyStrategy(Strategy):
             base=self.state.digest,
             final=True,
         )
-        return self._roster.messages(order, "train.finale", arrays, but=self.state.at_home)
+        but = {*self.state.at_home, *away}
+        return self._roster.messages(order, "train.finale", arrays, but=but)
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
@@ -171,11 +175,14 @@ class HarmonyStrategy(Strategy):
         at_home = tuple(sorted({*self.state.at_home, *sites}))
         self._journal.enter(at_home=at_home)
 
-    @property
-    def all_at_home(self) -> bool:
-        """Whether some site has played the finale, and all that are there have."""
+    def all_at_home(self, *, away: Collection[str] = ()) -> bool:
+        """Whether some site has played the finale, and all that are greeted and not away have."""
         home = set(self.state.at_home)
-        return bool(home) and home.issuperset(self.nodes.values())
+        return bool(home) and home.issuperset(set(self.nodes.values()) - set(away))
+
+    def away(self) -> frozenset[str]:
+        """The greeted sites that are not connected now; none where nobody can tell."""
+        return self._roster.away()
 
     def configure_publish(self, arrays: ArrayRecord) -> Iterable[Message]:
         """Ask sites for what they publish, if they do; those that answered rest."""

@@ -71,10 +71,14 @@ class Arm:
 
 
 class SiteOpener:
-    """Opens the site a node stands for; picklable, so that Ray's workers open theirs alike."""
+    """Opens the site a node stands for; picklable, so that Ray's workers open theirs alike.
 
-    def __init__(self, arm: Arm, sites: Path, machine: Machine) -> None:
-        self._arm, self._folder, self._machine = arm, sites, machine
+    `stores` holds what the sites keep, in the place of their own folders: one for each set of
+    conditions under which the same arm of the same study is trained.
+    """
+
+    def __init__(self, arm: Arm, sites: Path, machine: Machine, stores: Path | None = None) -> None:
+        self._arm, self._folder, self._machine, self._stores = arm, sites, machine, stores
 
     def __call__(self, context: Context) -> Site:
         """The opened site; its volumes stay open for the arms that follow."""
@@ -86,12 +90,15 @@ class SiteOpener:
     def named(self, name: str, on_case: Opened | None = None) -> Site:
         """The opened site of this name."""
         study = self._arm.study
-        splits = f"{study.split_seed} {study.evaluation.model_dump_json()}"
-        key = (str(self._folder / name), self._machine.device, splits)
+        decided = (study.evaluation, study.task)
+        made_by = (study.split_seed, *(part.model_dump_json() for part in decided))
+        store = self._stores and self._stores / name
+        key = (self._folder / name, store, self._machine.device, *made_by)
         if key not in _OPENED:
             config = load_site(self._folder / name / "site.yaml")
             resources = config.resources.model_copy(update={"device": self._machine.device})
-            config = config.model_copy(update={"resources": resources})
+            changes = {"resources": resources, "store": store or config.store}
+            config = config.model_copy(update=changes)
             own = name != POOLED
             _OPENED[key] = Site.open(config, self._arm.study, own_cases_only=own, on_case=on_case)
         return _OPENED[key].with_study(self._arm.study)
@@ -103,7 +110,7 @@ class SiteOpener:
 
 
 # Memory maps and case tables only: a few kilobytes a case, the same for every arm of a run.
-_OPENED: dict[tuple[str, str, str], Site] = {}
+_OPENED: dict[tuple[object, ...], Site] = {}
 
 
 def run_arm(
@@ -116,12 +123,13 @@ def run_arm(
     on_step: OnStep | None = None,
     participation: Participation | None = None,
     figures: bool = True,
+    stores: Path | None = None,
 ) -> None:
     """Run an arm to its end in `folder`, from wherever it stands, and leave its outcome there.
 
     `server/` holds the checkpoints, `model/` what `uharmony-predict` reads, `figures/` (where asked
     for) two cases a site, and `done.json` is written last. Under a `participation` only the sites
-    it names train and count.
+    it names train and count. `stores` is where the sites keep what is theirs (see `SiteOpener`).
 
     Raises:
         ConfigError: a participation, and an engine that cannot follow it.
@@ -130,7 +138,7 @@ def run_arm(
         raise ConfigError(f"--participation with engine {machine.engine}; use inprocess")
     started = time.monotonic()
     schema, initial = initial_weights(arm.study)
-    opener = SiteOpener(arm, sites, machine)
+    opener = SiteOpener(arm, sites, machine, stores)
 
     ends: list[float] = []  # of the rounds that were done in this call
 

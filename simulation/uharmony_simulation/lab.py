@@ -106,8 +106,8 @@ def run_lab(
         found[first.name] = record
         clock.tick(first, record)
         queue[0] = tuple(rest)
-        workers = affordable(workers, record["peak_mib"], memory_mib)
-        found |= _run_groups([g for g in queue if g], places, machine, lab, workers, clock)
+        budget = _Budget(workers, memory_mib, record["peak_mib"])
+        found |= _run_groups([g for g in queue if g], places, machine, lab, budget, clock)
     return [found[task.name] for task in tasks]
 
 
@@ -121,11 +121,11 @@ def _run_groups(
     places: Places,
     machine: Machine,
     lab: Lab,
-    workers: int,
+    budget: _Budget,
     clock: _Clock,
 ) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
-    if workers == 1 or len(groups) == 1:
+    if budget.workers == 1 or len(groups) == 1:
         for group in groups:
             for task in group:
                 found[task.name] = _work((task,), places, machine, lab)[0]
@@ -134,9 +134,9 @@ def _run_groups(
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
     queue = list(groups)
     running: dict[Future[list[dict[str, Any]]], Group] = {}
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with ProcessPoolExecutor(budget.workers, mp_context=context) as pool:
         while queue or running:
-            while queue and len(running) < workers:
+            while queue and len(running) < budget.affordable:
                 group = queue.pop(0)
                 # Task by task, so that what is done is told at once.
                 running[_submit(pool, group, places, machine, lab)] = group
@@ -144,6 +144,7 @@ def _run_groups(
             for future in finished:
                 first, *rest = running.pop(future)
                 found[first.name] = future.result()[0]
+                budget.seen(found[first.name]["peak_mib"])
                 clock.tick(first, found[first.name])
                 if rest:
                     queue.insert(0, tuple(rest))
@@ -190,6 +191,23 @@ def _make_cell(task: Task, places: Places, machine: Machine, say: Say) -> None:
         raise ConfigError(f"cell {task.cell.name}: no site; check simulation.source")
     arm = Arm.of(task.study, task.arm.method, task.seed, names)
     SiteOpener(arm, folder / "sites", machine).open_all(lambda site, done, total: None)
+
+
+class _Budget:
+    """How many processes may run: as many as the largest one seen so far fits into the memory."""
+
+    def __init__(self, workers: int, memory_mib: int | None, peak_mib: int) -> None:
+        self._memory, self._peak = memory_mib, peak_mib
+        self.workers = affordable(workers, peak_mib, memory_mib)
+
+    def seen(self, peak_mib: int) -> None:
+        """Note what a process needed."""
+        self._peak = max(self._peak, peak_mib)
+
+    @property
+    def affordable(self) -> int:
+        """Processes that may run at a time now; started ones end their task."""
+        return affordable(self.workers, self._peak, self._memory)
 
 
 class _Clock:

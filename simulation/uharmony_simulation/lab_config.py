@@ -162,6 +162,12 @@ def load_lab(path: Path) -> tuple[Lab, Study, Simulation]:
     simulation = parse(Simulation, section, f"{base}: simulation")
     for cell in lab.grid.cells():
         conditions(simulation, study, cell)
+        pooled = [arm.name for arm in lab.arms if METHODS[arm.method].pooled]
+        if cell.without is not None and pooled:
+            raise ConfigError(
+                f"cell {cell.name}: {', '.join(pooled)} would hold the cases of the site that is "
+                "left out; declare pooled arms in a study of their own"
+            )
     for arm in lab.arms:
         changed_study(study, arm, seed=0, fold=None, folds=lab.folds)
     return lab, study, simulation
@@ -205,6 +211,11 @@ def conditions(simulation: Simulation, study: Study, cell: Cell) -> Simulation:
         return simulation
     count = cell.sites or source.random_sites
     names = [f"site-{number + 1}" for number in range(count)]
+    if cell.imbalance != 1 and cell.cases is None:
+        raise ConfigError(f"cell {cell.name}: imbalance needs cases, those of the first site")
+    for lost in (cell.labels_lost, cell.modalities_lost):
+        if lost and not round(lost * count):
+            raise ConfigError(f"cell {cell.name}: a share of {lost:g} of {count} sites is none")
     changes: dict[str, Any] = {"random_sites": count}
     if cell.cases is not None:
         changes["cases_per_site"] = dict(zip(names, _cases(cell, count), strict=True))

@@ -25,7 +25,7 @@ from uharmony_client.personal import local_parameters, model_state
 from uharmony_client.site import Site
 from uharmony_client.workbench import carried_after
 from uharmony_model.atomic import write_atomic
-from uharmony_model.errors import StoreError
+from uharmony_model.errors import ConfigError, StoreError
 from uharmony_model.exchange.partition import Partition
 from uharmony_model.exchange.schema import unflatten
 from uharmony_model.initial import initial_weights
@@ -135,11 +135,16 @@ def run_task(
     on_step: OnStep | None = None,
 ) -> dict[str, Any]:
     """Train, measure and write the record; an interrupted task goes on where it stood."""
+    if task.cell.without is not None and task.cell.without not in sites:
+        raise ConfigError(
+            f"cell {task.cell.name}: no site {task.cell.without}; there are {', '.join(sites)}"
+        )
     there = [site for site in sites if site != task.cell.without]
     arm = Arm.of(task.study, task.arm.method, task.seed, there)
     folder = cell_folder / "arms" / task.name.replace("/", "_")
-    where = cell_folder / "sites"
-    if not (folder / "done.json").is_file():
+    where, stores = cell_folder / "sites", cell_folder / "stores" / task.cell.name
+    alone = arm.study.plan.local == EVERYTHING  # needs nobody, so nobody is missed
+    if not _done(folder, arm.study):
         run_arm(
             arm,
             where,
@@ -147,10 +152,11 @@ def run_task(
             machine,
             on_step=on_step,
             figures=False,
-            participation=attendance(task, there) if task.cell.dropout else None,
+            participation=None if alone or not task.cell.dropout else attendance(task, there),
+            stores=stores,
         )
     done = json.loads((folder / "done.json").read_bytes())
-    opener = SiteOpener(arm, where, machine)
+    opener = SiteOpener(arm, where, machine, stores)
     opened = [opener.named(name) for name in arm.sites]
     schema, _ = initial_weights(arm.study)
     state = read_latest(folder / "server", arm.study.digest, schema)
@@ -193,6 +199,16 @@ def run_task(
     write_atomic(path, json.dumps(record).encode(), mode=0o644)
     _clear(folder, opened, keep=task.arm.method == REFERENCE)
     return record
+
+
+def _done(folder: Path, study: Study) -> bool:
+    """Whether the arm was trained to its end; what an older version of it left is removed."""
+    path = folder / "done.json"
+    if path.is_file() and json.loads(path.read_bytes()).get("study") == study.digest:
+        return True
+    if path.is_file():
+        shutil.rmtree(folder)
+    return False
 
 
 def attendance(task: Task, sites: Sequence[str]) -> Participation:
@@ -328,6 +344,7 @@ def _mean(dice: Dice) -> float | None:
 def _clear(folder: Path, opened: Sequence[Site], *, keep: bool) -> None:
     """Remove what only an unfinished task needs; the reference's models are chosen from later."""
     shutil.rmtree(folder / "server", ignore_errors=True)
+    (folder / "done.json").unlink(missing_ok=True)  # the record says it now
     if keep:
         return
     for site in opened:

@@ -41,7 +41,6 @@ from uharmony_model.presence import with_presence
 from uharmony_model.prototypes import MAX_RELEASED, PublicFrame, prototype_of
 from uharmony_model.publication import AbstentionLimit
 from uharmony_model.segmentation_network import SegmentationNetwork
-from uharmony_model.study import Study
 from uharmony_model.targets import to_masks, to_targets
 from uharmony_model.test_time import MixtureSearch
 
@@ -54,17 +53,23 @@ def measure_unseen(
 ) -> dict[str, Any]:
     """Every step of the ladder on the test split of `left`, from the model in `folder`.
 
-    Each step gives Dice by case; `U4` the shares of volumes refused, here and among the others'
-    patients by leaving each out. A model without residuals has U0 alone.
+    Each step gives Dice by case; `U4` the shares of test volumes refused, here and at the sites
+    that took part, where each is a false alarm. A model without residuals has U0 alone.
     """
     model = load_bundle(folder, None)
-    if not ladder_applies(model.study):
+    if not model.study.plan.keeps_residuals:
         model.network.to(left.device)
         plain: Dice = {}
         for case in left.split("test"):
             _put(plain, left, case.case, model.network, None)
         return {"site": left.name, "dice": {"U0": plain}, "U4": None}
-    chooser, false_rate = _chooser(model, opened)
+    chooser = _chooser(model, opened)
+    chooser.model.network.to(left.device)
+    known = [
+        chooser.choose(_input(site, case.case)).abstained
+        for site in opened
+        for case in site.split("test")
+    ]
     cases = left.split("test")
     ladder: dict[str, Dice] = {"U0": {}, "U1": {}, "U1 hard": {}, "U2": {}}
     refused = []
@@ -86,31 +91,29 @@ def measure_unseen(
         "dice": ladder,
         "U4": {
             "refused": statistics.fmean(refused) if refused else None,
-            "refused among known patients": false_rate,
+            "refused at the sites that took part": statistics.fmean(known) if known else None,
         },
     }
 
 
-def ladder_applies(study: Study) -> bool:
-    """Whether the method leaves residuals to mix and to fit."""
-    plan = study.plan
-    return plan.harmonized and plan.serves_unseen and bool(plan.local)
-
-
-def _chooser(model: Model, opened: Sequence[Site]) -> tuple[DomainChooser, float]:
-    """The gate and the experts of the sites that took part, and its false abstentions."""
+def _chooser(model: Model, opened: Sequence[Site]) -> DomainChooser:
+    """The gate and the experts of the sites that took part; a row a patient."""
     network, study = model.network, model.study
     assert isinstance(network, SegmentationNetwork)  # noqa: S101 - as build_network made it
-    described: dict[str, list[Any]] = {}
+    described: dict[str, dict[str, list[Any]]] = {}
     experts: dict[str, Expert] = {}
     for site in opened:
         local = local_parameters(carried_after(site, study.training.rounds))
         for case in site.split("train"):
             name = f"{site.name}.{case.domain}"
             u = describe(network, _input(site, case.case), window=study.training.patch)
-            described.setdefault(name, []).append(u)
+            described.setdefault(name, {}).setdefault(case.patient, []).append(u)
             experts.setdefault(name, Expert(name, _of_domain(local, case.domain)))
-    every = np.concatenate([np.stack(rows) for rows in described.values()])
+    patients = {
+        name: np.stack([np.mean(rows, axis=0) for rows in by_patient.values()])
+        for name, by_patient in described.items()
+    }
+    every = np.concatenate(list(patients.values()))
     frame = PublicFrame.of(
         every.shape[1],
         seed=study.seed,
@@ -118,20 +121,19 @@ def _chooser(model: Model, opened: Sequence[Site]) -> tuple[DomainChooser, float
         center=every.mean(0),
         scale=np.maximum(every.std(0), _SMALLEST_SCALE),
     )
-    rows = {name: frame.rows(np.stack(values)) for name, values in described.items()}
+    rows = {name: frame.rows(values) for name, values in patients.items()}
     gate = Gate.of([prototype_of(name, values) for name, values in rows.items()])
     limit = Abstention.of(left_out_distances(gate, rows))
     shared = Partition.of(network, study.plan.local).split(network.state_dict())[0]
     ordered = tuple(experts[name] for name in gate.domains)
     mixing = expert_network(study, shared, ordered)
-    chooser = DomainChooser(
+    return DomainChooser(
         Model(mixing, study, mixing.domains, model.modalities, model.digest),
         ordered,
         gate,
         frame,
         AbstentionLimit(limit=limit.limit, margin=limit.margin, false_rate=limit.false_rate),
     )
-    return chooser, limit.false_rate
 
 
 def _of_domain(local: Mapping[str, Tensor], domain: str) -> dict[str, Tensor]:
@@ -145,12 +147,14 @@ def _few_shot(chooser: DomainChooser, left: Site, count: int) -> Dice:
     with tempfile.TemporaryDirectory(prefix="uharmony-lab-") as place:
         table = Path(place) / "cases.csv"
         CaseTable(cases=tuple(c.model_copy(update={"split": None}) for c in cases)).write_csv(table)
-        fitted = fit_domain(chooser, table, name=left.name, device=left.device)
+        fitted = fit_domain(chooser, table, name=left.name, device=left.device, like=left.config)
     network = build_network(study, (left.name,), seed=study.seed)
     partition = Partition.of(network, study.plan.local)
     mixing = chooser.model.network
     shared = Partition.of(mixing, study.plan.local).split(mixing.state_dict())[0]
-    network.load_state_dict(partition.merge(shared, fitted.local))
+    cpu = {key: tensor.cpu() for key, tensor in shared.items()}
+    network.load_state_dict(partition.merge(cpu, fitted.local))
+    network.to(left.device)
     dice: Dice = {}
     for case in left.split("test"):
         _put(dice, left, case.case, network, torch.ones(1))

@@ -12,21 +12,17 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from uharmony_model.errors import DataError
+from uharmony_model.metrics import Word, paired_word
 from uharmony_model.randomness import numpy_generator
 from uharmony_simulation.rank_tests import rank_biserial, signed_rank
 
 RESAMPLES = 10_000
-MARGIN = 0.01  # Dice: "not below" means less than a point below
-# With five patients of one sign the exact two-sided p is 1/16: no interval decides on them.
-FEWEST_PATIENTS = 6
 
-Word = Literal["above", "below", "not below", "undecided"]
 Interval = tuple[float | None, float | None]
 
 
@@ -116,14 +112,7 @@ class _Value:
 
 def word(difference: Estimate) -> Word:
     """What a paired difference allows to say; "undecided" without an interval."""
-    low, high = difference.low, difference.high
-    if low is None or high is None or difference.patients < FEWEST_PATIENTS:
-        return "undecided"
-    if low > 0:
-        return "above"
-    if high < 0:
-        return "below"
-    return "not below" if low > -MARGIN else "undecided"
+    return paired_word(difference.low, difference.high, difference.patients)
 
 
 def estimate(

@@ -17,8 +17,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
+from uharmony_model.metrics import MARGIN
 from uharmony_service.page import number
-from uharmony_simulation.paired import MARGIN, Comparison, Estimate
+from uharmony_simulation.paired import Comparison, Estimate
 from uharmony_simulation.plot_style import (
     BLACK,
     BLUE,

@@ -14,8 +14,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from uharmony_model.atomic import write_atomic
 from uharmony_model.methods import METHODS
+from uharmony_model.metrics import FEWEST_PATIENTS
 from uharmony_service.page import UNDEFINED, data_uri, number, points, shown
-from uharmony_simulation.paired import FEWEST_PATIENTS, CaseScore, Comparison, Cost
+from uharmony_simulation.paired import CaseScore, Comparison, Cost
 from uharmony_simulation.study_plots import (
     SiteMatrix,
     gain_plot,

@@ -213,7 +213,7 @@ def test_gains_at_home_are_over_the_site_alone_at_home(tmp_path, sites):
 
 
 def test_the_local_candidate_is_the_arm_local_to_the_bit(tmp_path, sites, monkeypatch):
-    monkeypatch.setattr(finale, "best", lambda scores: list(scores)[-1])
+    monkeypatch.setattr(finale, "choose", lambda dice, rule: list(dice)[-1])
     alone = Run(sites, tmp_path / "alone", study_of("local", "one"))
     fedper = Run(sites, tmp_path / "both", study_of("fedper", "other"))
     theirs, mine = records_of(alone()), records_of(fedper())
@@ -250,7 +250,7 @@ IMAGE = torch.linspace(-3, 3, 16**3).reshape(1, 1, 16, 16, 16).sin()
 def test_the_model_that_is_handed_out_is_the_one_that_was_measured(
     tmp_path, sites, monkeypatch, method, kept
 ):
-    monkeypatch.setattr(finale, "best", lambda scores: kept if kept in scores else "federated")
+    monkeypatch.setattr(finale, "choose", lambda dice, rule: kept if kept in dice else "federated")
     measured: dict[str, Tensor] = {}
 
     def spy(network, site, split, *, round_, slow):

@@ -186,3 +186,33 @@ def test_a_site_that_was_left_out_is_served_step_by_step(tmp_path, data, capsys)
     tables = (tmp_path / "out" / "tables.md").read_text()
     assert "mixed-invert 1, left out" in tables
     assert "uharmony U3-2" in tables
+
+
+def test_cells_of_the_same_sites_do_not_touch_each_other(data, tmp_path, capsys):
+    """Without a site, with absences, and as they are: each as when it is the only one."""
+    both = {"dropout": [0.0, 0.6], "without": [None, "site-2"]}
+    path = write_lab(tmp_path / "study", arms=["local", "uharmony"], seeds=[0], grid=both)
+    words = ("--data", data, "--workers", "2")
+    assert simulate(capsys, "study", path, *words, "--out", tmp_path / "both")[0] == 0
+    together = results(tmp_path / "both" / "records")
+    assert len(together) == 8
+    for number, grid in enumerate(
+        [{}, {"dropout": [0.6]}, {"without": ["site-2"]}, {"dropout": [0.6], "without": ["site-2"]}]
+    ):
+        alone = write_lab(tmp_path / f"{number}", arms=["local", "uharmony"], seeds=[0], grid=grid)
+        out = tmp_path / f"out-{number}"
+        assert simulate(capsys, "study", alone, *words, "--out", out)[0] == 0
+        found = results(out / "records")
+        assert len(found) == 2
+        assert {name: together[name] for name in found} == found
+
+
+def test_a_record_that_was_removed_is_trained_again(whole, data, tmp_path, capsys):
+    out = tmp_path / "out"
+    path = write_lab(tmp_path / "study", arms=["fedavg"], seeds=[0])
+    words = ("study", path, "--data", data, "--out", out)
+    assert simulate(capsys, *words)[0] == 0
+    wanted = results(out / "records")
+    (out / "records/none/fedavg_seed-0.json").unlink()
+    assert simulate(capsys, *words)[0] == 0
+    assert results(out / "records") == wanted

@@ -248,7 +248,7 @@ def test_the_page_says_what_was_found(page, results):
         "n&nbsp;=&nbsp;2",
         "1.5 MB",
         "1 message,",
-        "With fewer than 6 cases",
+        "With fewer than 6 patients",
     ):
         assert text in page, text
     assert page.count("data:image/png;base64,") == 4

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from uharmony_client.check.findings import Detail
+from uharmony_client.finale_plan import finale_steps, finale_view, values_asked
 from uharmony_client.policy import differences, publication_view
 from uharmony_client.site_config import SiteConfig
 from uharmony_model.errors import UHarmonyError
@@ -25,7 +26,8 @@ class Leaving:
     """Scalars that leave by part of the model, bytes of a round, values, and what stays.
 
     Bytes are those of the weights before they are compressed without loss. Weights come down as
-    fp32 whatever the codec. `published` says what would be given away at the end.
+    fp32 whatever the codec. `at_home` says what a finale asks of the site, `published` what would
+    be given away at the end.
     """
 
     parts: dict[str, int]
@@ -36,6 +38,7 @@ class Leaving:
     values: tuple[str, ...]
     min_cases: int
     stays: int
+    at_home: str
     published: str
 
 
@@ -61,16 +64,35 @@ def what_leaves(
         scalars=shared,
         bytes_up=shared * _BYTES[study.codec.up],
         bytes_down=shared * _BYTES["fp32"],
-        values=study.asks if shared else (),
+        values=values_asked(study) if shared else (),
         min_cases=config.policy.min_cases,
         stays=sum(state[key].numel() for key in partition.local_keys),
+        at_home=finale_view(study),
         published=publication_view(config.policy, study),
     )
     return leaving, noted
 
 
 def generation_bytes(leaving: Leaving, study: Study) -> int:
-    """Room for the generations a site keeps: updates, local parameters, moments."""
+    """Room for what a site keeps of a study, at the most; the prepared volumes are counted apart.
+
+    Three generations (the update, local parameters, moments), the checkpoint of a round, and the
+    model that is handed out. A twin carries a second model with its moments. A finale keeps its
+    finished candidates until the choice is made, then what was chosen, and the generations and
+    the checkpoint of the local-only model.
+    """
     whole = leaving.scalars + leaving.stays
     moments = _MOMENTS * whole if study.training.keep_optimizer else 0
-    return _GENERATIONS * 4 * (leaving.scalars + leaving.stays + moments)
+    carried = leaving.stays + moments
+    if study.plan.training == "twin":
+        carried += whole + moments
+    generations = _GENERATIONS * (leaving.scalars + carried)
+    # In the middle of a round there are moments whether or not they are kept for the next.
+    checkpoint = (1 + _MOMENTS) * whole
+    numbers = generations + checkpoint + whole
+    steps = finale_steps(study)
+    if study.finale.steps:
+        numbers += whole * (1 + len(steps.keys() - {"local"}))
+    if "local" in steps:
+        numbers += _GENERATIONS * (whole + moments) + checkpoint
+    return 4 * numbers

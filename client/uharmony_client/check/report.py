@@ -156,6 +156,7 @@ def _leaving(leaving: Leaving) -> list[Text]:
         Text(f"  values: {', '.join(leaving.values)}"),
         Text(hidden),
         Text(f"  {leaving.stays:,} numbers of the model stay here"),
+        Text(f"  at home: {leaving.at_home}"),
         Text(f"  published at the end: {leaving.published}"),
     ]
 

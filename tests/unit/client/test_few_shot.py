@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import tempfile
+from types import SimpleNamespace
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from tests.support import published as support
 from uharmony_client import few_shot as module
 from uharmony_client.domain_choice import DomainChooser
 from uharmony_client.few_shot import fit_domain, save_fitted
+from uharmony_client.site_config import SiteConfig
 from uharmony_model.bundle import load_bundle, save_bundle
 from uharmony_model.errors import ConfigError, DataError
 from uharmony_model.exchange.partition import Partition
@@ -160,7 +163,7 @@ def test_the_best_on_the_held_out_patient_is_kept(
     chooser = DomainChooser.of(model, published)
     measured = []
 
-    def scripted(network, volumes, model, device):
+    def scripted(network, volumes, model, device, annotated):
         partition = Partition.of(network, study.plan.local)
         local = partition.split(network.state_dict())[1]
         measured.append({key: tensor.clone() for key, tensor in local.items()})
@@ -200,8 +203,6 @@ def test_the_best_on_the_held_out_patient_is_kept(
 
 
 def _images(folder, cases):
-    import nibabel as nib
-
     for case in cases:
         image = nib.as_closest_canonical(nib.load(folder / "images" / f"{case}.nii.gz"))
         yield image.get_fdata()
@@ -250,6 +251,75 @@ def test_cases_that_name_no_modality_get_the_given_one(chooser, write_cases):
     assert fit(chooser, write_cases(2)).modalities == ()
     with pytest.raises(DataError, match="'CT' is not in the study"):
         fit(chooser, write_cases(2), modalities=("CT",))
+
+
+def test_a_class_that_is_not_annotated_is_no_background(chooser, write_cases):
+    """`core` lies inside `edema`; with labels of `edema` alone it must not be unlearned."""
+    folder = write_cases(2)
+    for path in (folder / "labels").iterdir():
+        label = nib.Nifti1Image.from_filename(path)
+        drawn = np.where(np.asanyarray(label.dataobj) == 1, 1, 0).astype("u1")
+        nib.save(nib.Nifti1Image(drawn, label.affine), path)
+
+    def of(**said):
+        config = SiteConfig(name="x", cases=folder, store=folder, **said)
+        seen = []
+        fitted = fit(chooser, folder, like=config, on_step=lambda step, loss: seen.append(loss))
+        assert fitted.name == "here"
+        return fitted, seen
+
+    whole, partial = of(), of(annotated=("edema",))
+    plain = []
+    fit(chooser, folder, on_step=lambda step, loss: plain.append(loss))
+    assert whole[1] == plain
+    assert partial[1][0] != whole[1][0]
+    assert any(not torch.equal(whole[0].local[k], t) for k, t in partial[0].local.items())
+    with pytest.raises(ConfigError, match="annotated names liver; the study's classes are edema"):
+        of(annotated=("liver",))
+
+
+def test_only_annotated_classes_are_measured_to_choose_by(chooser, write_cases, monkeypatch):
+    """A class that nobody drew would count as found where there is none."""
+    rows = [SimpleNamespace(dice=0.25), SimpleNamespace(dice=0.75)]
+    monkeypatch.setattr(module, "measure_case", lambda *given, **named: rows)
+    folder = write_cases(4)
+    for said, wanted in ((("edema",), 0.25), (("core",), 0.75), (None, 0.5)):
+        values = {1: 1, 2: 2} if said is None else {1: 0, 2: 2} if "core" in said else {2: 0}
+        config = SiteConfig(name="x", cases=folder, store=folder, annotated=said, label_map=values)
+        assert fit(chooser, folder, like=config).dice == {"zero": wanted, "fitted": wanted}
+
+
+def test_labels_and_modalities_are_named_as_the_site_names_them(chooser, write_cases, write_nifti):
+    folder = write_cases(2, modality=["t1w", "t1w"])
+    for number in range(2):
+        path = folder / "labels" / f"c{number}.nii.gz"
+        label = np.asanyarray(nib.Nifti1Image.from_filename(path).dataobj).astype("u1")
+        write_nifti(f"cases/labels/c{number}.nii.gz", np.where(label == 2, 7, label).astype("u1"))
+    with pytest.raises(DataError, match="'t1w' is not in the study"):
+        fit(chooser, folder)
+    config = SiteConfig(
+        name="x", cases=folder, store=folder, label_map={7: 2}, modality_map={"t1w": "T1"}
+    )
+    assert fit(chooser, folder, like=config).modalities == ("T1",)
+
+
+def test_a_modality_that_the_site_lacks_is_not_there_here(tmp_path, study, write_cases):
+    """The second channel is in the files, but the site's own training never saw it."""
+    task = {**study.task.model_dump(), "presence": True}
+    task["intensity"] = {"T1": {"policy": "zscore"}, "T2": {"policy": "zscore"}}
+    chosen = study.model_validate({**study.model_dump(), "task": {**task, "channels": 2}})
+    network = build_network(chosen, ("x",), seed=1)
+    shared = Partition.of(network, chosen.plan.local).split(network.state_dict())[0]
+    save_bundle(tmp_path / "both", chosen, shared, {}, {})
+    both = DomainChooser.of(load(tmp_path / "both"), None)
+    folder = write_cases(
+        2,
+        image=[f"images/c{n}.nii.gz|images/c{n}.nii.gz" for n in range(2)],
+        modality=["T1|T2", "T1|T2"],
+    )
+    assert fit(both, folder).modalities == ("T1", "T2")
+    config = SiteConfig(name="x", cases=folder, store=folder, missing=("T2",))
+    assert fit(both, folder, like=config).modalities == ("T1",)
 
 
 def test_a_name_that_is_none(chooser, write_cases):

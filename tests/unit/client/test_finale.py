@@ -250,7 +250,7 @@ def test_between_is_the_mean_of_the_federated_model_and_the_whole_one(data, meth
 @pytest.mark.parametrize("method", ["fedavg", "fedper", "ditto"])
 def test_the_local_candidate_is_the_model_of_the_site_alone(data, method, monkeypatch):
     home = Home(data, study_of(method))
-    monkeypatch.setattr(finale, "best", lambda scores: list(scores)[-1])
+    monkeypatch.setattr(finale, "choose", lambda dice, rule: list(dice)[-1])
     found = home.play(alone=True)
     assert found.kept == "local"
     own = alone_site(home.site)
@@ -268,10 +268,11 @@ def score_with(monkeypatch, scores: dict[str, float | None]) -> dict[str, dict[s
     left = iter(scores)
     states: dict[str, dict[str, Tensor]] = {}
 
-    def validation(model: finale.Candidate, site: Site) -> float | None:
+    def validation(model: finale.Candidate, site: Site) -> dict[str, float]:
         name = next(left)
         states[name] = model.state
-        return scores[name]
+        found = scores[name]
+        return {} if found is None else {"case": found}
 
     monkeypatch.setattr(finale, "_validation", validation)
     return states
@@ -302,7 +303,7 @@ def test_the_best_by_validation_is_kept_and_of_equals_the_one_that_changed_less(
 
 def test_half_of_a_change_is_less_than_the_whole_of_it(data, monkeypatch):
     home = Home(data, study_of("fedavg", finale={"candidates": ["whole", "between"]}))
-    monkeypatch.setattr(finale, "_validation", lambda *given: 0.5)
+    monkeypatch.setattr(finale, "_validation", lambda *given: {"case": 0.5})
     assert home.play().kept == "between"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import stat
 from pathlib import Path
 
@@ -171,3 +173,61 @@ def test_a_write_that_fails_leaves_the_round_before(tmp_path, monkeypatch):
         "round-000001",
         "round-000002",
     ]
+
+
+@pytest.mark.parametrize("first", [2, 33])
+def test_who_came_late_had_nothing_before(tmp_path, first):
+    """What was made from nothing tells that there was nothing, however late it was made."""
+    store = LocalStore(tmp_path / "store")
+    store.write(key(first), b"u", {"phi@a": torch.ones(3)})
+    assert store.started_from(STUDY, first) == 0
+    assert store.before(STUDY, first) is None
+    assert store.newest(STUDY, up_to=first - 1) == 0
+    assert store.newest(STUDY, up_to=first) == store.newest(STUDY) == first
+    for later in range(first + 1, first + KEPT):
+        store.write(key(later), b"u", {})
+    assert store.before(STUDY, first) is None
+    store.write(key(first + KEPT), b"u", {})  # the round made from nothing is dropped now
+    with pytest.raises(StoreError, match="keeps rounds"):
+        store.before(STUDY, first + 1)
+
+
+def test_a_round_made_anew_from_what_is_not_kept_claims_nothing(tmp_path):
+    store = LocalStore(tmp_path / "store")
+    fill(store, KEPT + 2)
+    store.write(key(2), b"again", {}, allow_rollback=True)
+    with pytest.raises(StoreError, match=r"keeps rounds \[2\]"):
+        store.before(STUDY, 2)
+
+
+def test_a_record_without_what_it_started_from_is_read_and_claims_nothing(tmp_path):
+    """As they were written before: five facts, sealed with the SHA-256 of their canonical text."""
+    store = LocalStore(tmp_path / "store")
+    store.write(key(33), b"u", {"phi@a": torch.ones(3)})
+    path = store.folder / "round-000033" / "generation.json"
+    facts = json.loads(path.read_text())["facts"]
+    assert facts.pop("started_from") == 0
+
+    def canonical(content):
+        return json.dumps(content, sort_keys=True, separators=(",", ":"))
+
+    seal = hashlib.sha256(canonical(facts).encode()).hexdigest()
+    path.write_text(canonical({"sha256": seal, "facts": facts}))
+    assert store.update(key(33)) == b"u"
+    assert store.newest(STUDY, up_to=32) == 0
+    with pytest.raises(StoreError, match="keeps rounds"):
+        store.before(STUDY, 33)
+
+
+def test_the_mark_is_that_of_what_a_round_starts_from(tmp_path):
+    one, other = LocalStore(tmp_path / "one"), LocalStore(tmp_path / "other")
+    nothing = one.mark_before(2)
+    fill(one, 1)
+    fill(other, 1)
+    mark = one.mark_before(2)
+    assert nothing == one.mark_before(1) == hashlib.sha256(b"").hexdigest()
+    assert mark == other.mark_before(2) != nothing
+    fill(one, 2)  # a later round changes nothing of it
+    assert one.mark_before(2) == mark
+    other.write(key(1), b"update 1", {"phi@a": torch.zeros(3)})
+    assert other.mark_before(2) != mark

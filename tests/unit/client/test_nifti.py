@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from tests.support.nifti_files import CODES, nifti_bytes, read_nifti
-from uharmony_client.nifti import load_volume, save_probabilities, save_segmentation
+from uharmony_client.nifti import load_volume
+from uharmony_client.volume_header import encode_volume
 from uharmony_model.errors import DataError
 
 RAMP = np.arange(3 * 4 * 5).reshape(3, 4, 5)
@@ -24,6 +25,10 @@ def load(content, tmp_path, name="v.nii", **keywords):
     path = tmp_path / name
     path.write_bytes(content)
     return load_volume(path, **keywords)
+
+
+def save(path, array, header):
+    path.write_bytes(encode_volume(array, header))
 
 
 def expect_refusal(content, tmp_path, name="v.nii", **keywords):
@@ -288,9 +293,9 @@ def test_what_is_written_lies_exactly_where_the_input_lay(name, tmp_path, write_
     }[name]
     path = write_nifti("in.nii.gz", array, **fields)
     header = load_volume(path).header
-    save_segmentation(tmp_path / "seg.nii.gz", RAMP.astype(np.uint8), header)
+    save(tmp_path / "seg.nii.gz", RAMP.astype(np.uint8), header)
     probabilities = np.random.default_rng(0).random((2, 3, 4, 5), dtype=np.float32)
-    save_probabilities(tmp_path / "prob.nii.gz", probabilities, header)
+    save(tmp_path / "prob.nii.gz", probabilities, header)
     before = read_nifti(path)
     for file, expected in (("seg", RAMP), ("prob", np.moveaxis(probabilities, 0, -1))):
         after = read_nifti(tmp_path / f"{file}.nii.gz")
@@ -305,7 +310,7 @@ def test_what_is_written_lies_exactly_where_the_input_lay(name, tmp_path, write_
 def test_a_nifti_2_grid_is_written_as_nifti_2(tmp_path):
     affine = np.diag([1 / 3, 1 / 7, 1.0, 1])
     loaded = load(nib.Nifti2Image(F4, affine).to_bytes(), tmp_path)
-    save_segmentation(tmp_path / "s.nii.gz", U1, loaded.header)
+    save(tmp_path / "s.nii.gz", U1, loaded.header)
     after = read_nifti(tmp_path / "s.nii.gz")
     assert isinstance(after, nib.Nifti2Image)
     np.testing.assert_array_equal(after.affine, affine)
@@ -317,20 +322,20 @@ def test_no_text_of_the_input_is_in_the_output(tmp_path, write_nifti):
     path = write_nifti("in.nii", U1, extension=CANARY * 2, **texts)
     assert CANARY in path.read_bytes()
     header = load_volume(path).header
-    save_segmentation(tmp_path / "seg.nii.gz", U1, header)
+    save(tmp_path / "seg.nii.gz", U1, header)
     assert CANARY[:10] not in gzip.decompress((tmp_path / "seg.nii.gz").read_bytes())
     assert CANARY.decode()[:10] not in header.model_dump_json()
 
 
 def test_equal_results_have_equal_bytes(tmp_path, write_nifti):
     header = load_volume(write_nifti("in.nii", U1)).header
-    save_segmentation(tmp_path / "a.nii.gz", U1, header)
-    save_segmentation(tmp_path / "b.nii.gz", U1, header)
+    save(tmp_path / "a.nii.gz", U1, header)
+    save(tmp_path / "b.nii.gz", U1, header)
     assert (tmp_path / "a.nii.gz").read_bytes() == (tmp_path / "b.nii.gz").read_bytes()
 
 
 def test_an_array_of_another_shape_is_not_written(tmp_path, write_nifti):
     header = load_volume(write_nifti("in.nii", U1)).header
     with pytest.raises(DataError, match="does not lie"):
-        save_segmentation(tmp_path / "a.nii.gz", U1[:-1], header)
+        save(tmp_path / "a.nii.gz", U1[:-1], header)
     assert not (tmp_path / "a.nii.gz").exists()

@@ -448,12 +448,32 @@ def test_a_few_labelled_cases_make_a_site_that_can_be_used_again(
     assert load_bundle(made, "few-shot").domains == ("few-shot",)
 
 
+def test_the_command_says_which_classes_are_drawn(bundle, command, cases, tmp_path, monkeypatch):
+    """Told apart by what training is given: a loss without the classes that nobody drew."""
+    seen = []
+
+    def spy(network, optimizer, data, *given, **named):
+        seen.append(data.annotated.tolist())
+
+    monkeypatch.setattr("uharmony_client.few_shot.run_steps", spy)
+    few = (bundle(), "--few-shot", cases, "--save-model", tmp_path / "made", "--force")
+    for said, wanted in (([], [True, True]), (["--annotated", "core"], [False, True])):
+        assert command(*few, *said)[0] == 0
+        assert seen.pop() == wanted
+    assert command(*few, "--annotated", "edema,core")[0] == 0
+    assert seen.pop() == [True, True]
+    code, _, err = command(*few, "--annotated", "liver")
+    assert (code, seen) == (2, [])
+    assert "annotated names liver; the study's classes are edema, core" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
         (["--few-shot", "x", "--site", "north"], "leave --site and --domain out"),
         (["--few-shot", "x", "--domain", "auto"], "leave --site and --domain out"),
         (["--save-model", "x"], "give --few-shot DIR too"),
+        (["--annotated", "edema"], "give --few-shot DIR too"),
         (["--test-time"], "--test-time belongs to --domain auto"),
         (["--strict"], "--strict belongs to --domain auto"),
         (["--strict", "--domain", "auto", "--site", "south"], "--strict belongs to --domain auto"),

@@ -17,6 +17,7 @@ from tests.support.tiny import tiny_study, write_folder
 from uharmony_client import publish as module
 from uharmony_client.ledger import Ledger
 from uharmony_client.ledger_check import show, verify
+from uharmony_client.local_store import RoundKey
 from uharmony_client.outgoing import Outgoing
 from uharmony_client.policy import Policy, publication_view
 from uharmony_client.publish import domain_reasons, patients_by_domain, publish
@@ -24,13 +25,13 @@ from uharmony_client.releases import Releases
 from uharmony_client.site import Site
 from uharmony_client.site_config import SiteConfig
 from uharmony_client.site_round import Bench, round_update
-from uharmony_client.workbench import Workbench
+from uharmony_client.workbench import Workbench, carried_after
 from uharmony_model.errors import ExchangeError, StoreError
 from uharmony_model.exchange.payload import Kind, decode, digest, encode, open_payload
 from uharmony_model.exchange.published import PublicationForm, Reason
 from uharmony_model.exchange.schema import Schema, unflatten
 from uharmony_model.exchange_settings import Publication
-from uharmony_model.initial import initial_weights
+from uharmony_model.initial import initial_local, initial_weights
 from uharmony_model.prototypes import noise_deviation, release_prototype
 from uharmony_model.study import Study
 
@@ -366,6 +367,20 @@ def test_who_never_trained_has_nothing_to_publish(opened, tmp_path):
     answer = publish(newcomer, bench)
     assert answer.releases == ()
     assert set(answer.said.values()) == {(Reason.NOT_TRAINED,)}
+
+
+def test_who_came_for_the_finale_alone_never_trained(opened, tmp_path):
+    """Its only generation is that of the round after the last."""
+    site, bench = opened
+    newcomer = fresh(site, tmp_path).with_study(site.study)
+    last = site.study.training.rounds
+    newcomer.store.write(RoundKey(site.study.digest, last + 1, bench.base), b"finale", {})
+    answer = publish(newcomer, bench)
+    assert answer.releases == ()
+    assert set(answer.said.values()) == {(Reason.NOT_TRAINED,)}
+    carried = carried_after(newcomer, last)
+    assert carried.keys() == initial_local(site.study, site.domains).keys()
+    assert not any(bool(tensor.any()) for tensor in carried.values())
 
 
 def test_the_noise_is_not_the_studys(opened, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -12,7 +13,7 @@ from uharmony_client.evaluate import CaseRow
 from uharmony_client.local_store import LocalStore
 from uharmony_client.site import Site
 from uharmony_client.site_report import human_bytes, read_sent
-from uharmony_client.site_results import Interval, compare, evaluate_site, verdict
+from uharmony_client.site_results import Interval, compare, evaluate_site, label_of
 from uharmony_model.errors import ConfigError, StoreError
 from uharmony_service.page import number, points
 
@@ -39,26 +40,6 @@ def rows(values: dict[str, tuple[float | None, ...]]) -> list[CaseRow]:
     ]
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "n", "word"),
-    [
-        (0.001, 0.05, 20, "above"),
-        (0.0, 0.05, 20, "not below"),
-        (-0.0099, 0.05, 20, "not below"),
-        (-0.009, -0.001, 20, "below"),
-        (-0.01, 0.05, 20, "undecided"),
-        (-0.2, 0.2, 20, "undecided"),
-        (-0.05, 0.0, 20, "undecided"),
-        (-0.05, -0.001, 20, "below"),
-        (0.0, 0.0, 5, "not below"),
-        (0.3, 0.3, 1, "undecided"),
-        (None, None, 0, "undecided"),
-    ],
-)
-def test_the_word_follows_from_the_interval(low, high, n, word):
-    assert verdict(Interval(None if low is None else (low + high) / 2, low, high, n)) == word
-
-
 def compared(site, federated, alone):
     where = site.config.store
     return compare(site, rows(federated), rows(alone), round_=3, federated_model=where)
@@ -73,7 +54,8 @@ def test_cases_are_paired_by_name_whatever_their_order(site):
         difference = comparison.difference
         assert difference.mean == pytest.approx(0.1)
         assert (difference.low, difference.high) == pytest.approx((0.1, 0.1))
-        assert (difference.n, comparison.word) == (3, "above")
+        assert (difference.n, difference.patients) == (3, 3)
+        assert comparison.word == "undecided"  # three patients decide nothing
     assert [c.name for c in found.classes] == ["edema", "core"]
     assert found.classes[0].federated.mean == pytest.approx((0.9 + 0.6 + 0.4) / 3)
     assert found.classes[1].alone.mean == pytest.approx((0.7 + 0.4 + 0.6) / 3)
@@ -104,7 +86,7 @@ def test_what_is_undefined_in_either_model_is_left_out(site):
     assert found.cases[0].federated == 0.7
     nothing = compared(site, {"c": (None, None)}, {"c": (None, None)})
     assert nothing.cases == ()
-    assert nothing.overall.difference == Interval(None, None, None, 0)
+    assert nothing.overall.difference == Interval(None, None, None, 0, 0)
 
 
 def test_equal_models_are_not_below(site):
@@ -118,6 +100,25 @@ def test_the_same_rows_give_the_same_intervals(site):
     federated = {name: (0.1 * i, 0.5) for i, name in enumerate("abcdef")}
     alone = {name: (0.4, 0.1 * i) for i, name in enumerate("abcdef")}
     assert compared(site, federated, alone) == compared(site, federated, alone)
+
+
+def test_cases_of_few_patients_decide_nothing(site):
+    """Eight cases, each 0.1 better: of eight patients that is above, of five it is undecided."""
+    better: dict[str, tuple[float | None, ...]] = dict.fromkeys("abcdefgh", (0.6, 0.6))
+    worse: dict[str, tuple[float | None, ...]] = dict.fromkeys("abcdefgh", (0.5, 0.5))
+    found = compared(site, better, worse).overall
+    assert (found.difference.n, found.difference.patients, found.word) == (8, 8, "above")
+    whose = dict(zip("abcdefgh", "12345555", strict=True))
+    few = [dataclasses.replace(row, patient=whose[row.case]) for row in rows(better)]
+    where = site.config.store
+    found = compare(site, few, rows(worse), round_=3, federated_model=where).overall
+    assert (found.difference.n, found.difference.patients, found.word) == (8, 5, "undecided")
+
+
+def test_the_column_says_what_the_site_kept():
+    assert label_of("federated") == "federated"
+    assert "whole" in label_of("whole")
+    assert "federated" not in label_of("local")
 
 
 def test_rows_of_different_cases_are_not_compared(site):

@@ -193,3 +193,23 @@ def test_a_bundle_that_cannot_be_written_leaves_nothing(tmp_path, study):
     with pytest.raises(KeyError):
         save_bundle(tmp_path / "model", study, {}, {"north": {}}, {})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_of_the_sites_own_needs_nothing_shared(tmp_path, study):
+    """It is of the network of its own method: plain norms where the study's are harmonised."""
+    network = build_network(study.with_method("local"), ("n",), seed=3)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.5)
+    state = network.state_dict()
+    names = {"north": ("n",)}
+    for own in ("local", "nonsense"):
+        folder = tmp_path / own
+        save_bundle(folder, study, {}, {"north": state}, names, own={"north": own})
+        if own == "nonsense":
+            with pytest.raises(ConfigError, match="unknown method 'nonsense'"):
+                load_bundle(folder, "north")
+            return
+        found = load_bundle(folder, "north").network.state_dict()
+        assert found.keys() == state.keys()
+        assert all(torch.equal(found[key], state[key]) for key in state)

@@ -5,7 +5,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.support.tiny import tiny_study
 from uharmony_model.inference import evaluating, predict_logits
+from uharmony_model.networks import build_network
 
 PATCH = (8, 6, 4)
 
@@ -235,3 +237,20 @@ def test_a_volume_within_the_patch_is_not_measured():
         memory_gib=0.0,
     )
     assert network.sizes == [PATCH]
+
+
+@pytest.mark.parametrize("domain", [1, torch.tensor([0.25, 0.75])])
+@pytest.mark.parametrize("memory_gib", [0.0, 1.0])
+def test_a_network_that_needs_its_domain_is_measured_with_it(domain, memory_gib):
+    """3D U2-Net has no pass without a domain."""
+    network = build_network(tiny_study(method="u2net"), ("a", "b"), seed=0)
+    image = torch.randn(1, 20, 16, 16, generator=torch.Generator().manual_seed(2))
+    found = predict_logits(
+        network, image, patch=(16, 16, 16), overlap=0.5, domain=domain, device="cpu",
+        memory_gib=memory_gib,
+    )  # fmt: skip
+    wanted = predict_logits(
+        network, image, patch=(20 if memory_gib else 16, 16, 16), overlap=0.5, domain=domain,
+        device="cpu",
+    )  # fmt: skip
+    assert torch.equal(found, wanted)

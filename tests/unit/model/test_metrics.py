@@ -14,6 +14,7 @@ from uharmony_model.metrics import (
     hd95_mm,
     lesion_recall_and_fp,
     measure_case,
+    paired_word,
     surface_dice,
 )
 from uharmony_model.randomness import numpy_generator
@@ -202,3 +203,41 @@ def test_the_interval_depends_on_its_generator_alone():
     first = bootstrap_interval(values, 100, numpy_generator(0, "a"))
     assert first == bootstrap_interval(values, 100, numpy_generator(0, "a"))
     assert first != bootstrap_interval(values, 100, numpy_generator(0, "b"))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "patients", "expected"),
+    [
+        (0.001, 0.05, 20, "above"),
+        (0.0, 0.05, 20, "not below"),
+        (-0.0099, 0.05, 20, "not below"),
+        (-0.009, -0.001, 20, "below"),
+        (-0.01, 0.05, 20, "undecided"),
+        (-0.2, 0.2, 20, "undecided"),
+        (-0.05, 0.0, 20, "undecided"),
+        (-0.05, -0.001, 20, "below"),
+        (0.3, 0.3, 6, "above"),
+        (0.3, 0.3, 5, "undecided"),
+        (-0.3, -0.2, 5, "undecided"),
+        (None, None, 20, "undecided"),
+    ],
+)
+def test_the_word_follows_from_the_interval_and_the_patients(low, high, patients, expected):
+    assert paired_word(low, high, patients) == expected
+
+
+def test_patients_are_drawn_with_all_of_their_cases():
+    # Two patients: both the first (1/4), one each (1/2), both the second (1/4); the first has
+    # three cases of 1, the second one case of 0, so the means are 1, 3/4 and 0.
+    values, patients = [1.0, None, 1.0, 1.0, 0.0], ["a", "c", "a", "a", "b"]
+    found = bootstrap_interval(values, 4000, numpy_generator(0, "p"), patients=patients)
+    assert found == (0.75, 0.0, 1.0)
+    # Drawn case by case the three ones would hardly ever be missing all at once: 1/256.
+    assert bootstrap_interval(values, 4000, numpy_generator(0, "p"))[1] == 0.25
+
+
+def test_with_a_case_a_patient_the_draws_are_those_of_cases():
+    values, names = [0.1, 0.7, 0.4, 0.9], list("wxyz")
+    by_case = bootstrap_interval(values, 500, numpy_generator(0))
+    by_patient = bootstrap_interval(values, 500, numpy_generator(0), patients=names)
+    assert by_patient == pytest.approx(by_case, abs=1e-12)

@@ -18,7 +18,6 @@ from uharmony_model.network_settings import Network
 from uharmony_model.networks import (
     build_network,
     check_patch,
-    minimum_patch,
     patch_multiple,
 )
 from uharmony_model.residual_conv import ResidualConv
@@ -233,7 +232,6 @@ def test_norms_have_learned_weights_in_plain_arms_and_none_are_left_in_harmonise
 def test_sizes_a_network_takes(name, features, multiple):
     network = Network(name=name, features=features)
     assert patch_multiple(network) == multiple
-    assert minimum_patch(network) == 2 * multiple
     edge = 2 * multiple
     check_patch(network, (edge, edge, edge))
     check_patch(network, (3 * multiple, multiple, multiple))

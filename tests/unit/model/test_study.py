@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from tests.support.tiny import study_content, tiny_study
 from uharmony_model.errors import ConfigError
 from uharmony_model.frozen import parse
+from uharmony_model.methods import METHODS
 from uharmony_model.study import Study, load_study
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -117,3 +118,32 @@ def test_variants_of_a_study_share_one_local_only_model():
     assert len({study.with_method("uharmony").digest for study in variants}) == 4
     longer = tiny_study(training={"local_steps": 9}).with_method("local")
     assert longer.digest != variants[0].with_method("local").digest
+
+
+@pytest.mark.parametrize(
+    ("method", "norm", "shares"),
+    [
+        ("fedavg-bn", "instance", True),
+        ("fedavg", "batch", True),
+        ("fedper", "batch", True),
+        ("fedavg", "instance", False),
+        ("fedbn", "batch", False),
+        ("silobn", "instance", False),
+        ("gperxan", "instance", False),
+        ("uharmony", "batch", False),
+        ("local", "batch", False),
+    ],
+)
+def test_no_momentum_steps_shared_running_variances(method, norm, shares):
+    """Momentum 0.5 makes of a fall from 1 to 0.2 a variance of 1 - 0.8 - 0.5 * 0.8 = -0.2."""
+    changes = {"method": method, "network": {"norm": norm}}
+    tiny_study(**changes)
+    if shares:
+        with pytest.raises(ValidationError, match=r"federation\.momentum would step"):
+            tiny_study(**changes, federation={"momentum": 0.5})
+    else:
+        tiny_study(**changes, federation={"momentum": 0.5})
+
+
+def test_methods_that_keep_residuals_and_nothing_else():
+    assert {name for name, method in METHODS.items() if method.keeps_residuals} == {"uharmony"}

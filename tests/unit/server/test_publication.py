@@ -277,11 +277,12 @@ def test_a_prototype_that_its_noise_hides_is_not_handed_out_and_hides_no_other()
     assert handed_out(hidden, *clear) == ["a.a", "b.b", "d.d"]
 
 
-def test_one_that_is_left_of_several_is_not_handed_out():
-    """It would be the nearest to every volume; a single one from the start is another matter."""
+def test_one_alone_is_not_handed_out():
+    """It would be the nearest to every volume, and no limit could be made of it."""
     noisy = prototype("a.a", 0.0, patients=20), prototype("b.b", 1.0, patients=20)
     assert handed_out(*noisy) == []
-    assert handed_out(noisy[0]) == ["a.a"]
+    assert handed_out(noisy[0]) == []
+    assert handed_out(prototype("a.a", 0.0)) == []
 
 
 def test_the_frame_is_written_down_as_the_site_used_it(tmp_path):

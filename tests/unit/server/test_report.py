@@ -422,3 +422,18 @@ def test_ticks_are_round_few_and_enclose_the_range(low, high):
     if high > low:
         # A round step is 1, 2 or 5 times a power of ten.
         assert f"{steps.pop():e}"[0] in "125"
+
+
+def test_the_finale_is_no_round_more_and_a_second_measurement_is_said(tmp_path):
+    home = [
+        record(arm="uharmony", round=11, kept="whole", dice=0.7),
+        record(arm="uharmony", site="valley", round=11, kept="local", dice=0.5),
+    ]
+    plain, _ = written(tmp_path, study=study())
+    assert "<dt>rounds</dt><dd>10</dd>" in plain
+    assert "once more" not in plain
+    assert "nothing was chosen by it" in plain
+    text, page = written(tmp_path, [*RUN, *home], study=study(finale={"steps": 3}))
+    assert "<dt>rounds</dt><dd>10</dd>" in text
+    assert "measured once" not in text
+    assert "once more after the sites\u2019 own last steps" in page.words

@@ -9,6 +9,8 @@ import torch
 
 from tests.support.fake_sites import BASE, CASES, SCHEMA, Sites, expected, study_of
 from uharmony_model.errors import QuorumError
+from uharmony_model.exchange_settings import Publication
+from uharmony_model.training_settings import Finale
 from uharmony_server.admission import RefusalReason
 from uharmony_server.checkpoint import load_latest
 from uharmony_server.rounds import Patience, run_rounds
@@ -224,6 +226,45 @@ def test_a_finished_study_says_farewell(tmp_path):
     run(grid, tmp_path)
     run(grid, tmp_path)
     assert sites.asked.count(("site-03", "query.finish")) == 2  # again, in case it was not heard
+
+
+FINALE = STUDY.model_copy(update={"finale": Finale(steps=1)})
+
+
+def test_a_site_that_went_away_is_waited_for_once_in_the_finale(tmp_path):
+    """Its answers are refused here, so every call is made; only the first one is its own too."""
+    sites = Sites(FINALE)
+    grid = Federation(sites)
+    there = [grid.numbers[s] for s in SITES[:2]]
+    run(grid, tmp_path, FINALE, online=lambda: there)
+    asked = [site for site, kind in sites.asked if kind == "train.finale"]
+    assert asked == [*SITES, *SITES[:2], *SITES[:2]]
+
+
+def test_when_nobody_can_tell_who_is_there_all_are_asked_in_the_finale(tmp_path):
+    sites = Sites(FINALE)
+    run(Federation(sites), tmp_path, FINALE)
+    assert [site for site, kind in sites.asked if kind == "train.finale"] == [*SITES] * 3
+
+
+def test_a_pause_holds_what_comes_after_the_last_round_and_the_round_is_on_disk(tmp_path):
+    study = FINALE.model_copy(update={"publication": Publication(experts=True)})
+    sites = Sites(study)
+    told = []
+
+    def before_last(what):
+        state = load_latest(tmp_path, study.digest, SCHEMA)
+        assert state is not None
+        told.append((what, state.round, [kind for _, kind in sites.asked[-3:]]))
+
+    run(Federation(sites), tmp_path, study, before_last=before_last)
+    finale = ["train.finale"] * 3
+    assert told == [
+        ("finale", 2, ["train"] * 3),
+        ("finale", 2, finale),
+        ("finale", 2, finale),
+        ("publishing", 2, finale),
+    ]
 
 
 def test_without_patience_a_missed_quorum_is_the_end(tmp_path):

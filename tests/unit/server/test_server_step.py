@@ -9,6 +9,7 @@ from flwr.serverapp.strategy import FedAdam
 
 from tests.support.tiny import tiny_study
 from uharmony_model.errors import ExchangeError
+from uharmony_model.exchange.schema import Schema, flatten, unflatten
 from uharmony_model.methods import METHODS
 from uharmony_server.server_step import BETA_1, BETA_2, TAU, adam_step, nesterov_step, next_weights
 from uharmony_simulation.engine import InProcessGrid
@@ -145,3 +146,29 @@ def test_momentum_counts_in_the_weights_and_none_of_it_changes_nothing():
     assert moments is not None
     again, _ = next_weights(study, 2, weights, weights + averaged, moments)
     assert torch.equal(again, weights + 1.75 * averaged)
+
+
+def test_a_variance_that_falls_far_is_not_rounded_below_zero():
+    """A fall by 301.49 becomes one by 302: bf16 has 8 bits, so steps of 2 above 256."""
+    before = {
+        "n.running_mean": torch.tensor([1.0, -1.0, 0.0]),
+        "n.running_var": torch.tensor([1.0, 301.5, 2.0]),
+        "n.weight": torch.tensor([1.0, 301.5, 2.0]),
+    }
+    after = {name: tensor.clone() for name, tensor in before.items()}
+    after["n.running_mean"] = torch.tensor([-1.0, -2.0, 0.0])
+    for name in ("n.running_var", "n.weight"):
+        after[name] = torch.tensor([0.0002, 0.01, 1.5])
+    schema = Schema.of(before)
+    study = tiny_study(method="fedavg-bn", codec={"down": "bf16"})
+    base, mean = flatten(before, schema), flatten(after, schema)
+    plain = unflatten(next_weights(study, 1, base, mean, None)[0], schema)
+    held = unflatten(next_weights(study, 1, base, mean, None, schema)[0], schema)
+    assert float(plain["n.running_var"].min()) < 0  # or nothing would be shown here
+    for name in ("n.running_mean", "n.weight"):  # only variances are held
+        assert torch.equal(held[name], plain[name])
+        assert float(held[name].min()) < 0
+    assert torch.equal(held["n.running_var"], plain["n.running_var"].clamp(min=0))
+    # What is not below zero is left as it is, in the same memory.
+    exact = tiny_study(method="fedavg-bn")
+    assert next_weights(exact, 1, base, mean, None, schema)[0] is mean

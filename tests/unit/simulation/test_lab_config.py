@@ -153,6 +153,19 @@ def test_conditions_that_the_data_decide_are_not_changed():
         conditions(modalities, tiny_study(), Cell(shift="noise"))
 
 
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        (Cell(imbalance=4), "imbalance needs cases"),
+        (Cell(labels_lost=0.1), "of 4 sites is none"),
+        (Cell(modalities_lost=0.1), "of 4 sites is none"),
+    ],
+)
+def test_conditions_that_would_do_nothing_are_refused(cell, message):
+    with pytest.raises(ConfigError, match=message):
+        conditions(RANDOM, tiny_study(), cell)
+
+
 def test_processes_fit_into_the_budget_and_one_always_runs():
     assert affordable(8, 700, None) == 8
     assert affordable(8, 700, 2100) == 3
@@ -175,6 +188,7 @@ def test_a_file_is_read_with_the_study_beside_it(tmp_path: Path):
         ("arms: []", "at least 1"),
         ("arms: [fedavg]\ngrid: {colour: [1]}", "colour"),
         ("arms: [fedavg]\ngrid: {strength: [99]}", "strength"),
+        ("arms: [pooled]\ngrid: {without: [site-1]}", "would hold the cases of the site"),
     ):
         path.write_text(f"name: lab\nstudy: base.yaml\n{wrong}\n")
         with pytest.raises(ConfigError, match=message):
