@@ -9,6 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from uharmony_client.finale_choice import choose, clearly, mean
+from uharmony_model.training_settings import Candidate
+
+Scores = dict[Candidate, dict[str, float]]
 
 
 def cases(*dice: float) -> dict[str, float]:
@@ -16,20 +19,20 @@ def cases(*dice: float) -> dict[str, float]:
 
 
 def test_best_takes_the_highest_mean_and_clear_only_what_exceeds_its_standard_error():
-    dice = {
+    dice: Scores = {
         "federated": cases(0.50, 0.60),
         "whole": cases(0.58, 0.54),  # +0.01 on average, deviation 0.14 / sqrt(2)
         "local": cases(0.10, 0.20),
     }
     assert choose(dice, "best") == "whole"
     assert choose(dice, "clear") == "federated"
-    surely = {**dice, "between": cases(0.51, 0.611)}  # +0.0105, standard error 0.0005
+    surely: Scores = {**dice, "between": cases(0.51, 0.611)}  # +0.0105, standard error 0.0005
     assert choose(surely, "clear") == "between"
     assert choose(surely, "best") == "between"
 
 
 def test_one_case_is_never_clear():
-    dice = {"federated": cases(0.1), "local": cases(0.9)}
+    dice: Scores = {"federated": cases(0.1), "local": cases(0.9)}
     assert choose(dice, "clear") == "federated"
     assert choose(dice, "best") == "local"
 
@@ -41,7 +44,7 @@ def test_without_validation_cases_the_one_trained_on_most_is_kept(rule):
 
 
 def test_where_the_federated_model_is_no_candidate_both_rules_are_one():
-    dice = {"whole": cases(0.4, 0.5), "local": cases(0.41, 0.5)}
+    dice: Scores = {"whole": cases(0.4, 0.5), "local": cases(0.41, 0.5)}
     assert choose(dice, "clear") == choose(dice, "best") == "local"
 
 
