@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import multiprocessing
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from uharmony_model.atomic import make_directory
 from uharmony_model.errors import ConfigError
 from uharmony_model.networks import check_patch
 from uharmony_model.study import Study
+from uharmony_service.supervision import end_with_parent
 from uharmony_simulation.arms import Arm, Machine, SiteOpener
 from uharmony_simulation.config import Simulation
 from uharmony_simulation.lab_config import Lab, changed_study, conditions
@@ -134,7 +136,10 @@ def _run_groups(
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
     queue = list(groups)
     running: dict[Future[list[dict[str, Any]]], Group] = {}
-    with ProcessPoolExecutor(budget.workers, mp_context=context) as pool:
+    with (
+        ProcessPoolExecutor(budget.workers, context, initializer=end_with_parent) as pool,
+        _no_child_left(),
+    ):
         while queue or running:
             while queue and len(running) < budget.affordable:
                 group = queue.pop(0)
@@ -149,6 +154,17 @@ def _run_groups(
                 if rest:
                     queue.insert(0, tuple(rest))
     return found
+
+
+@contextmanager
+def _no_child_left() -> Iterator[None]:
+    """An interruption ends the processes at once; their tasks go on from where they stood."""
+    try:
+        yield
+    except BaseException:
+        for child in multiprocessing.active_children():
+            child.terminate()
+        raise
 
 
 def _submit(

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -216,3 +220,65 @@ def test_a_record_that_was_removed_is_trained_again(whole, data, tmp_path, capsy
     (out / "records/none/fedavg_seed-0.json").unlink()
     assert simulate(capsys, *words)[0] == 0
     assert results(out / "records") == wanted
+
+
+def workers_of(parent: int) -> list[int]:
+    """Processes that a process has started to work for it."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            above = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            command = (folder / "cmdline").read_text()
+        except (OSError, ValueError, IndexError):
+            continue
+        if above == parent and "spawn_main" in command:
+            found.append(int(folder.name))
+    return found
+
+
+def wait_for(what, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
+
+
+STUDY_IN_TWO_PROCESSES = """
+import sys
+from pathlib import Path
+from uharmony_simulation import lab
+from uharmony_simulation.arms import Machine
+from uharmony_simulation.lab_config import load_lab
+
+if __name__ == "__main__":
+    declared, study, simulation = load_lab(Path(sys.argv[1]))
+    places = lab.Places(Path(sys.argv[3]), Path(sys.argv[3]) / "records", Path(sys.argv[2]))
+    groups, machine = lab.plan(declared, study, simulation), Machine(1, "cpu")
+    lab._make_cell(groups[0][0], places, machine, print)
+    budget, clock = lab._Budget(2, None, 1), lab._Clock(9, print)
+    lab._run_groups(groups, places, machine, declared, budget, clock)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="reads /proc")
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_no_process_outlives_a_study_that_was_stopped(data, tmp_path, how):
+    path = write_lab(tmp_path / "study", arms=["fedavg"], seeds=[0, 1, 2])
+    base = path.parent / "base.yaml"
+    base.write_text(base.read_text().replace("local_steps: 2", "local_steps: 4000"))
+    script = tmp_path / "two.py"
+    script.write_text(STUDY_IN_TWO_PROCESSES)
+    study = subprocess.Popen(
+        [sys.executable, script, path, data, tmp_path / "out"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait_for(lambda: len(workers_of(study.pid)) == 2, 60)
+        workers = workers_of(study.pid)
+        time.sleep(5)  # in the middle of their tasks
+        study.send_signal(how)
+        wait_for(lambda: study.poll() is not None, 15)
+        wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers), 15)
+    finally:
+        study.kill()
