@@ -16,21 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import BaseModel
 
-from uharmony_client.evaluate import CaseRow, evaluate_split
 from uharmony_client.flower_app import OnStep
-from uharmony_client.personal import local_parameters, model_state
+from uharmony_client.personal import local_parameters
 from uharmony_client.site import Site
 from uharmony_client.workbench import carried_after
 from uharmony_model.atomic import write_atomic
 from uharmony_model.errors import ConfigError, StoreError
-from uharmony_model.exchange.partition import Partition
 from uharmony_model.exchange.schema import unflatten
 from uharmony_model.initial import initial_weights
-from uharmony_model.methods import EVERYTHING, RESIDUALS, Part
-from uharmony_model.networks import build_network
+from uharmony_model.methods import EVERYTHING
 from uharmony_model.participation import Participation
 from uharmony_model.randomness import numpy_generator
 from uharmony_model.schedule import finale_round
@@ -39,6 +35,7 @@ from uharmony_server.checkpoint import read_latest
 from uharmony_simulation.arms import Arm, Machine, SiteOpener, run_arm
 from uharmony_simulation.config import Simulation
 from uharmony_simulation.lab_config import REFERENCE, Cell, LabArm
+from uharmony_simulation.lab_swaps import measure_swaps
 from uharmony_simulation.lab_unseen import measure_unseen
 
 FORMAT = 1
@@ -189,7 +186,7 @@ def run_task(
     }
     if swap and state is not None and not arm.study.plan.pooled:
         shared = unflatten(state.global_, schema)
-        record["matrix"], record["swaps"] = _swapped(arm.study, opened, shared, state.round)
+        record["matrix"], record["swaps"] = measure_swaps(arm.study, opened, shared, state.round)
     plan = arm.study.plan
     if task.cell.without is not None and plan.serves_unseen and not plan.pooled:
         left = opener.named(task.cell.without)
@@ -261,84 +258,6 @@ def _local_count(site: Site, study: Study) -> int:
     carried = local_parameters(carried_after(site, study.training.rounds))
     first = site.domains[0]
     return sum(t.numel() for k, t in carried.items() if "@" not in k or k.endswith(f"@{first}"))
-
-
-Dice = dict[str, float]  # by case, over classes
-ALL_LOCAL = "all that is local"
-
-
-def _swapped(
-    study: Study, opened: Sequence[Site], shared: dict[str, torch.Tensor], round_: int
-) -> tuple[dict[str, dict[str, float | None]], list[dict[str, Any]]]:
-    """Test Dice of every site's model at every site, and of each site with a neighbour's part.
-
-    Where a foreign part costs nothing, it carries no knowledge of the domain.
-    """
-    if any(len(site.domains) != 1 for site in opened) or study.plan.local == EVERYTHING:
-        return {}, []
-    carried = {site.name: carried_after(site, round_) for site in opened}
-    matrix: dict[str, dict[str, float | None]] = {site.name: {} for site in opened}
-    swaps: list[dict[str, Any]] = []
-    for index, site in enumerate(opened):
-        network = build_network(study, site.domains, seed=study.seed).to(site.device)
-        partition = Partition.of(network, study.plan.local)
-        own = carried[site.name]
-        measured: dict[str, Dice] = {}
-        for other in opened:
-            foreign = _renamed(carried[other.name], other, site)
-            network.load_state_dict(model_state(network, partition, shared, foreign))
-            measured[other.name] = _dice(network, site)
-            matrix[other.name][site.name] = _mean(measured[other.name])
-        neighbour = opened[(index + 1) % len(opened)]
-        if partition.local_keys:
-            swaps += _pairs(site, ALL_LOCAL, measured[site.name], measured[neighbour.name])
-        foreign = _renamed(carried[neighbour.name], neighbour, site)
-        for part in _parts(study):
-            keys = {k for k, p in partition.parts.items() if p is part}
-            mixed = {k: foreign[k] if k.partition("@")[0] in keys else v for k, v in own.items()}
-            network.load_state_dict(model_state(network, partition, shared, mixed))
-            swaps += _pairs(site, part.value, measured[site.name], _dice(network, site))
-    return matrix, swaps
-
-
-def _pairs(site: Site, part: str, own: Dice, swapped: Dice) -> list[dict[str, Any]]:
-    patients = {case.case: case.patient for case in site.split("test")}
-    return [
-        {
-            "site": site.name,
-            "part": part,
-            "case": case,
-            "patient": patients[case],
-            "own": own[case],
-            "swapped": swapped[case],
-        }
-        for case in own
-        if case in swapped
-    ]
-
-
-def _parts(study: Study) -> list[Part]:
-    return [part for part in Part if part in RESIDUALS & study.parts and part in study.plan.local]
-
-
-def _renamed(carried: dict[str, torch.Tensor], other: Site, site: Site) -> dict[str, torch.Tensor]:
-    theirs, ours = f"@{other.domains[0]}", f"@{site.domains[0]}"
-    return {
-        k.removesuffix(theirs) + ours if k.endswith(theirs) else k: v for k, v in carried.items()
-    }
-
-
-def _dice(network: torch.nn.Module, site: Site) -> Dice:
-    rows: list[CaseRow] = evaluate_split(network, site, "test", round_=0, slow=False)
-    cases: dict[str, list[float]] = {}
-    for row in rows:
-        if row.dice is not None:
-            cases.setdefault(row.case, []).append(row.dice)
-    return {case: round(statistics.fmean(values), 6) for case, values in cases.items()}
-
-
-def _mean(dice: Dice) -> float | None:
-    return round(statistics.fmean(dice.values()), 6) if dice else None
 
 
 def _clear(folder: Path, opened: Sequence[Site], *, keep: bool) -> None:
