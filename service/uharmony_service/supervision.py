@@ -178,9 +178,12 @@ class Supervisor:
         self._asked = True
 
 
-def end_with_parent() -> None:
-    """End this process when its parent is gone, however that one ended. Call it first."""
-    parent = int(os.environ.get("UHARMONY_PARENT", os.getppid()))
+def end_with_parent(parent: int | None = None) -> None:
+    """End this process when its parent is gone, however that one ended. Call it first.
+
+    `parent` is its process number: it may be gone before this process can ask for it.
+    """
+    parent = parent or int(os.environ.get("UHARMONY_PARENT", os.getppid()))
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     threading.Thread(target=_watch, args=(parent,), daemon=True).start()

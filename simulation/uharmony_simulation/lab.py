@@ -12,6 +12,7 @@ one writer; several processes share the machine within a budget of memory.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -137,7 +138,7 @@ def _run_groups(
     queue = list(groups)
     running: dict[Future[list[dict[str, Any]]], Group] = {}
     with (
-        ProcessPoolExecutor(budget.workers, context, initializer=end_with_parent) as pool,
+        ProcessPoolExecutor(budget.workers, context, end_with_parent, (os.getpid(),)) as pool,
         _no_child_left(),
     ):
         while queue or running:

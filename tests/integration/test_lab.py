@@ -274,11 +274,11 @@ def test_no_process_outlives_a_study_that_was_stopped(data, tmp_path, how):
         stderr=subprocess.DEVNULL,
     )
     try:
-        wait_for(lambda: len(workers_of(study.pid)) == 2, 60)
+        wait_for(lambda: len(workers_of(study.pid)) == 2, 240)
         workers = workers_of(study.pid)
         time.sleep(5)  # in the middle of their tasks
         study.send_signal(how)
-        wait_for(lambda: study.poll() is not None, 15)
-        wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers), 15)
+        wait_for(lambda: study.poll() is not None, 60)
+        wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers), 60)
     finally:
         study.kill()
