@@ -9,33 +9,34 @@ The limit is one patient's distance; it is computed from patients without privac
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from pydantic import Field, NonNegativeFloat
 
 from uharmony_model.errors import ConfigError
+from uharmony_model.frozen import Frozen
 from uharmony_model.gate import Gate
 
 MARGIN = 0.1
 """How far beyond the farthest patient of the federation a volume may lie, as a share of it."""
 
 
-@dataclass(frozen=True)
-class Abstention:
-    """The limit, and how often it would have been wrong inside the federation.
+class AbstentionLimit(Frozen):
+    """The distance to the nearest prototype beyond which a volume is not believed.
 
-    `false_abstentions` counts the patients, of `patients`, that lie beyond the limit of all the
-    others. With a limit at the maximum only the farthest one can, so the count is 0 or 1.
+    `margin` is contained in the limit. `false_rate` is the share of the federation's patients that
+    would be refused, each left out once; None where the limit was not computed from patients. With
+    a limit at the maximum only the farthest one can be, so it is 0 or one patient's share.
     """
 
-    limit: float
-    margin: float
-    patients: int
-    false_abstentions: int
+    limit: NonNegativeFloat
+    margin: NonNegativeFloat
+    false_rate: Annotated[float, Field(ge=0, le=1)] | None = None
 
     @classmethod
-    def of(cls, distances: ArrayLike, *, margin: float = MARGIN) -> Abstention:
+    def of(cls, distances: ArrayLike, *, margin: float = MARGIN) -> AbstentionLimit:
         """The limit from left-out distances (n,), as `left_out_distances` gives them.
 
         Raises:
@@ -50,17 +51,8 @@ class Abstention:
             raise ConfigError(f"the abstention's margin is {margin}; expected 0 or more")
         # The maximum of the others is the second largest for the farthest patient alone.
         second, first = np.partition(d, -2)[-2:]
-        return cls(
-            limit=float((1 + margin) * first),
-            margin=margin,
-            patients=len(d),
-            false_abstentions=int(first > (1 + margin) * second),
-        )
-
-    @property
-    def false_rate(self) -> float:
-        """Share of the federation's patients that would be refused, each left out once."""
-        return self.false_abstentions / self.patients
+        refused = bool(first > (1 + margin) * second)
+        return cls(limit=float((1 + margin) * first), margin=margin, false_rate=refused / len(d))
 
     def abstains(self, distance: float) -> bool:
         """Whether a volume this far from its nearest prototype is refused."""

@@ -21,7 +21,6 @@ from typing import Annotated, TypeVar
 import safetensors.torch
 from pydantic import (
     Field,
-    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     TypeAdapter,
@@ -31,6 +30,7 @@ from pydantic import (
 from safetensors import SafetensorError
 from torch import Tensor
 
+from uharmony_model.abstention import AbstentionLimit
 from uharmony_model.atomic import (
     make_directory,
     remove_directory,
@@ -84,22 +84,6 @@ class Frame(Frozen):
             center=self.center,
             scale=self.scale,
         )
-
-
-class AbstentionLimit(Frozen):
-    """The distance to the nearest prototype beyond which a volume is not believed.
-
-    `margin` is contained in the limit. `false_rate` is the share of the federation's patients that
-    lie beyond it; None where the limit was not computed from patients.
-    """
-
-    limit: NonNegativeFloat
-    margin: NonNegativeFloat
-    false_rate: Annotated[float, Field(ge=0, le=1)] | None = None
-
-    def abstains(self, distance: float) -> bool:
-        """Whether a volume this far from its nearest prototype is refused."""
-        return not distance <= self.limit  # also when it is not a number
 
 
 class Prototypes(Frozen):

@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from uharmony_model.abstention import AbstentionLimit
 from uharmony_model.bundle import Model
 from uharmony_model.descriptor import describe
 from uharmony_model.errors import StoreError, UHarmonyError
@@ -28,7 +29,7 @@ from uharmony_model.experts import Expert, expert_network
 from uharmony_model.gate import Choice, Gate
 from uharmony_model.harmonize import HarmonizedNetwork
 from uharmony_model.prototypes import PublicFrame
-from uharmony_model.publication import AbstentionLimit, Publication
+from uharmony_model.publication import Publication
 from uharmony_model.segmentation_network import SegmentationNetwork
 from uharmony_model.test_time import MixtureSearch, Outcome, search_mixture
 

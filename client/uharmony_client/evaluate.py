@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -22,10 +22,13 @@ from uharmony_model.atomic import write_atomic
 from uharmony_model.evaluation_settings import METRICS, Split
 from uharmony_model.exchange.payload import Value
 from uharmony_model.inference import predict_logits
-from uharmony_model.metrics import bootstrap_interval, measure_case
+from uharmony_model.metrics import CaseMetrics, bootstrap_interval, measure_case
+from uharmony_model.patches import StoredVolume
 from uharmony_model.presence import with_presence
 from uharmony_model.randomness import numpy_generator
+from uharmony_model.study import Study
 from uharmony_model.targets import to_masks, to_targets
+from uharmony_model.task import Task
 
 __all__ = ["METRICS", "CaseRow", "evaluate_split", "predict_masks", "save_rows", "summarise"]
 
@@ -54,20 +57,18 @@ def evaluate_split(
     network: nn.Module, site: Site, split: Split, *, round_: int, slow: bool
 ) -> list[CaseRow]:
     """Measure every case of a split; the slow metrics (surfaces, lesions) only when asked."""
-    task, settings = site.study.task, site.study.evaluation
     rows = []
     for case in site.split(split):
-        volume = site.volumes[case.case]
-        truth = to_targets(torch.from_numpy(np.array(volume.label))[None], task)[0]
-        measured = measure_case(
-            predict_masks(network, site, case),
-            truth,
-            volume.spacing_mm,
-            settings.surface_tolerance_mm,
-            slow=slow,
+        measured = measure_volume(
+            network,
+            site.volumes[case.case],
+            site.study,
+            domain=site.domains.index(case.domain),
+            device=site.device,
             annotated=site.annotated,
+            slow=slow,
         )
-        for name, values in zip(task.class_names, measured, strict=True):
+        for name, values in zip(site.study.task.class_names, measured, strict=True):
             rows.append(
                 CaseRow(
                     case=case.case,
@@ -83,19 +84,71 @@ def evaluate_split(
     return rows
 
 
+def measure_volume(
+    network: nn.Module,
+    volume: StoredVolume,
+    study: Study,
+    *,
+    domain: int | Tensor | None,
+    device: torch.device,
+    annotated: Tensor,
+    slow: bool = False,
+) -> tuple[CaseMetrics, ...]:
+    """The metrics of each class on one prepared volume; `domain` as in `predict_logits`."""
+    truth = to_targets(torch.from_numpy(np.array(volume.label))[None], study.task)[0]
+    return measure_case(
+        _masks(network, volume, study, domain, device),
+        truth,
+        volume.spacing_mm,
+        study.evaluation.surface_tolerance_mm,
+        slow=slow,
+        annotated=annotated,
+    )
+
+
+def mean_dice(measured: Iterable[CaseMetrics]) -> float | None:
+    """The mean over the classes in which Dice is defined."""
+    known = [values.dice for values in measured if values.dice is not None]
+    return statistics.fmean(known) if known else None
+
+
+def dice_by_case(rows: Iterable[CaseRow]) -> dict[str, float]:
+    """The same for every case that has a class in which Dice is defined."""
+    cases: dict[str, list[float]] = {}
+    for row in rows:
+        if row.dice is not None:
+            cases.setdefault(row.case, []).append(row.dice)
+    return {case: statistics.fmean(values) for case, values in cases.items()}
+
+
+def network_input(volume: StoredVolume, task: Task) -> Tensor:
+    """What the network gets of one prepared volume (C', D, H, W), presence masks included."""
+    image = torch.from_numpy(np.array(volume.image))
+    return with_presence(image[None], [list(volume.present)], task)[0]
+
+
 def predict_masks(network: nn.Module, site: Site, case: Case) -> Tensor:
     """Predicted masks (J, D, H, W) of one case, under the case's own domain."""
-    volume, task = site.volumes[case.case], site.study.task
-    image = torch.from_numpy(np.array(volume.image))
+    domain = site.domains.index(case.domain)
+    return _masks(network, site.volumes[case.case], site.study, domain, site.device)
+
+
+def _masks(
+    network: nn.Module,
+    volume: StoredVolume,
+    study: Study,
+    domain: int | Tensor | None,
+    device: torch.device,
+) -> Tensor:
     logits = predict_logits(
         network,
-        with_presence(image[None], [list(volume.present)], task)[0],
-        patch=site.study.training.patch,
-        overlap=site.study.evaluation.overlap,
-        domain=site.domains.index(case.domain),
-        device=site.device,
+        network_input(volume, study.task),
+        patch=study.training.patch,
+        overlap=study.evaluation.overlap,
+        domain=domain,
+        device=device,
     )
-    return to_masks(logits[None], task)[0]
+    return to_masks(logits[None], study.task)[0]
 
 
 def summarise(rows: Sequence[CaseRow], site: Site) -> MetricValues:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from uharmony_client.case_table import Case
 from uharmony_client.domain_choice import DomainChooser
+from uharmony_client.evaluate import mean_dice, measure_volume, network_input
 from uharmony_client.nifti import MAX_VOXELS
 from uharmony_client.optimizer import make_optimizer
 from uharmony_client.readers import read_cases
@@ -33,13 +34,9 @@ from uharmony_model.errors import ConfigError, DataError
 from uharmony_model.exchange.partition import Partition
 from uharmony_model.experts import mixed_expert
 from uharmony_model.frozen import parse
-from uharmony_model.inference import predict_logits
-from uharmony_model.metrics import measure_case
 from uharmony_model.networks import build_network
-from uharmony_model.presence import with_presence
 from uharmony_model.randomness import numpy_generator
 from uharmony_model.segmentation_network import SegmentationNetwork
-from uharmony_model.targets import to_masks, to_targets
 from uharmony_model.task import Task
 
 STEPS = 200
@@ -255,7 +252,7 @@ def _mixture(chooser: DomainChooser, volumes: Sequence[StoredVolume], name: str)
     if chooser.gate is None or not chooser.experts:
         return None
     task = chooser.model.study.task
-    rows = [chooser.describe(_input(volume, task)) for volume in volumes]
+    rows = [chooser.describe(network_input(volume, task)) for volume in volumes]
     weights = chooser.mixture(chooser.gate.choose(np.mean(rows, axis=0)))
     mixed = mixed_expert(chooser.experts, weights)
     return {f"{key}@{name}": tensor.cpu() for key, tensor in mixed.residuals.items()}
@@ -268,28 +265,13 @@ def _mean_dice(
     device: torch.device,
     annotated: Tensor,
 ) -> float | None:
-    study, found = model.study, []
-    for volume in volumes:
-        logits = predict_logits(
-            network,
-            _input(volume, study.task),
-            patch=study.training.patch,
-            overlap=study.evaluation.overlap,
-            domain=0,
-            device=device,
-        )
-        truth = to_targets(torch.from_numpy(np.array(volume.label))[None], study.task)[0]
-        masks = to_masks(logits[None], study.task)[0]
-        tolerance = study.evaluation.surface_tolerance_mm
-        measured = measure_case(masks, truth, volume.spacing_mm, tolerance, slow=False)
-        drawn = zip(measured, annotated.tolist(), strict=True)
-        found += [one.dice for one, known in drawn if known and one.dice is not None]
+    """The mean over volumes; each the mean over its classes."""
+    measured = (
+        measure_volume(network, v, model.study, domain=0, device=device, annotated=annotated)
+        for v in volumes
+    )
+    found = [dice for metrics in measured if (dice := mean_dice(metrics)) is not None]
     return statistics.fmean(found) if found else None
-
-
-def _input(volume: StoredVolume, task: Task) -> Tensor:
-    image = torch.from_numpy(np.array(volume.image))
-    return with_presence(image[None], [list(volume.present)], task)[0]
 
 
 def _best(dice: Mapping[Kept, float | None]) -> Kept:

@@ -8,7 +8,6 @@ taken part. Nothing of it leaves but the means of its metrics and the name of wh
 from __future__ import annotations
 
 import logging
-import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from uharmony_client.evaluate import evaluate_split
+from uharmony_client.evaluate import dice_by_case, evaluate_split
 from uharmony_client.finale_choice import choose, mean
 from uharmony_client.local_store import UNFINISHED, RoundKey
 from uharmony_client.local_train import learning_rate
@@ -194,9 +193,4 @@ def _half_way(first: State, second: State) -> State:
 def _validation(model: Candidate, site: Site) -> dict[str, float]:
     """Dice of every validation case, the mean over its classes."""
     model.network.load_state_dict(model.state)
-    rows = evaluate_split(model.network, site, "validation", round_=0, slow=False)
-    cases: dict[str, list[float]] = {}
-    for row in rows:
-        if row.dice is not None:
-            cases.setdefault(row.case, []).append(row.dice)
-    return {case: statistics.fmean(values) for case, values in cases.items()}
+    return dice_by_case(evaluate_split(model.network, site, "validation", round_=0, slow=False))

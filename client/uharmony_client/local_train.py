@@ -74,9 +74,9 @@ def train_round(
         study,
         round_=round_,
         count=training.local_steps,
-        rate=lambda step: learning_rate(study, (round_ - 1) * training.local_steps + step),
+        rate=_rate(study, round_),
         learns=_learners(network, study),
-        pull=_proximal(network, study, shared),
+        pull=_pull(network, study, shared) if study.plan.training == "proximal" else None,
         unfinished=unfinished,
         on_step=on_step,
     )
@@ -115,9 +115,13 @@ def _learners(network: nn.Module, study: Study) -> Callable[[int], Collection[st
     return lambda step: last if step < alone else rest
 
 
-def _proximal(network: nn.Module, study: Study, shared: Mapping[str, Tensor]) -> Pull | None:
-    if study.plan.training != "proximal":
-        return None
+def _rate(study: Study, round_: int) -> Callable[[int], float]:
+    done = (round_ - 1) * study.training.local_steps
+    return lambda step: learning_rate(study, done + step)
+
+
+def _pull(network: nn.Module, study: Study, shared: Mapping[str, Tensor]) -> Pull:
+    """To the global weights."""
     device = next(network.parameters()).device
     return Pull(study.training.proximal, {k: v.to(device) for k, v in shared.items()})
 
@@ -142,7 +146,6 @@ def _train_twin(
     optimizer = make_optimizer(network, training)
     if training.keep_optimizer:
         restore_moments(optimizer, network, own)
-    device = next(network.parameters()).device
     run_steps(
         network,
         optimizer,
@@ -150,8 +153,8 @@ def _train_twin(
         study,
         round_=round_,
         count=training.local_steps,
-        rate=lambda step: learning_rate(study, (round_ - 1) * training.local_steps + step),
-        pull=Pull(training.proximal, {k: v.to(device) for k, v in shared.items()}),
+        rate=_rate(study, round_),
+        pull=_pull(network, study, shared),
     )
     state = {k: v.detach().cpu() for k, v in network.state_dict().items()}
     kept = by_name(network, state)

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import nn
 
 from uharmony_client.alone import alone_site
@@ -32,7 +31,7 @@ from uharmony_client.site_results import SiteResults, load_for_site
 from uharmony_model.atomic import write_atomic
 from uharmony_model.metrics import FEWEST_PATIENTS
 from uharmony_model.targets import to_targets
-from uharmony_service.page import data_uri, number, points, shown, tone
+from uharmony_service.page import number, pages_of
 
 WIDTH, HEIGHT = 760.0, 220.0
 LEFT, RIGHT, TOP, BOTTOM = 44.0, 12.0, 12.0, 34.0
@@ -92,17 +91,8 @@ def write_site_report(path: Path, site: Site, results: SiteResults) -> None:
         ConfigError: a model is no longer there.
         StoreError: a model is damaged, or the file cannot be written.
     """
-    environment = Environment(
-        loader=PackageLoader("uharmony_client", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        finalize=shown,
-    )
-    environment.globals |= {"number": number, "points": points, "tone": tone}
-    environment.filters |= {"png": data_uri, "size": human_bytes}
+    environment = pages_of("uharmony_client")
+    environment.filters["size"] = human_bytes
     html = environment.get_template("site_report.html.jinja").render(
         site=site.name,
         stays=stays_view(site.study),

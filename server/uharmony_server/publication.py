@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from uharmony_model.abstention import MARGIN
+from uharmony_model.abstention import MARGIN, AbstentionLimit
 from uharmony_model.errors import ConfigError, PartitionError, StoreError
 from uharmony_model.exchange.published import (
     PROTOTYPE,
@@ -34,7 +34,6 @@ from uharmony_model.exchange.schema import unflatten
 from uharmony_model.exchange_settings import Publishable
 from uharmony_model.prototypes import Prototype, noise_deviation, publishable, stacked_means
 from uharmony_model.publication import (
-    AbstentionLimit,
     Frame,
     Prototypes,
     Publication,

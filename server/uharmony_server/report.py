@@ -11,8 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from uharmony_model.atomic import write_atomic
 from uharmony_model.methods import METHODS
 from uharmony_model.study import Study
@@ -34,7 +32,7 @@ from uharmony_server.summary import (
     value_or_withheld,
     withheld_of,
 )
-from uharmony_service.page import UNDEFINED, data_uri, number, points, shown, tone
+from uharmony_service.page import number, pages_of, points
 
 
 @dataclass(frozen=True)
@@ -95,23 +93,8 @@ def write_report(
     Raises:
         StoreError: the disk is full or the folder cannot be written.
     """
-    environment = Environment(
-        loader=PackageLoader("uharmony_server", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        finalize=shown,
-    )
-    environment.globals |= {
-        "points": points,
-        "tone": tone,
-        "number": number,
-        "value": value_or_withheld,
-        "undefined": UNDEFINED,
-    }
-    environment.filters |= {"png": data_uri}
+    environment = pages_of("uharmony_server")
+    environment.globals["value"] = value_or_withheld
     template = environment.get_template("report.html.jinja")
     html = template.render(
         title=title,

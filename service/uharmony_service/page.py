@@ -1,12 +1,37 @@
-"""How pages print what they are given: one way for the coordinator's report and a site's own."""
+"""How pages are made and print what they are given: one way for every report of this project."""
 
 from __future__ import annotations
 
 import base64
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 UNDEFINED = "\u2014"  # an em dash: not measured, or undefined
+
+
+def pages_of(package: str) -> Environment:
+    """The templates beside the modules of a package, in which every text is escaped.
+
+    They know `number`, `points`, `tone`, `undefined` and the filter `png`; a page adds its own.
+    """
+    environment = Environment(
+        loader=PackageLoader(package, "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        finalize=shown,
+    )
+    environment.globals |= {
+        "number": number,
+        "points": points,
+        "tone": tone,
+        "undefined": UNDEFINED,
+    }
+    environment.filters |= {"png": data_uri}
+    return environment
 
 
 def printable(text: object, longest: int = 300) -> str:

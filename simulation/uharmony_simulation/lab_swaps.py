@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from uharmony_client.evaluate import CaseRow, evaluate_split
+from uharmony_client.evaluate import dice_by_case, evaluate_split
 from uharmony_client.personal import model_state
 from uharmony_client.site import Site
 from uharmony_client.workbench import carried_after
@@ -87,12 +87,8 @@ def _renamed(carried: dict[str, torch.Tensor], other: Site, site: Site) -> dict[
 
 
 def _dice(network: torch.nn.Module, site: Site) -> Dice:
-    rows: list[CaseRow] = evaluate_split(network, site, "test", round_=0, slow=False)
-    cases: dict[str, list[float]] = {}
-    for row in rows:
-        if row.dice is not None:
-            cases.setdefault(row.case, []).append(row.dice)
-    return {case: round(statistics.fmean(values), 6) for case, values in cases.items()}
+    rows = evaluate_split(network, site, "test", round_=0, slow=False)
+    return {case: round(dice, 6) for case, dice in dice_by_case(rows).items()}
 
 
 def _mean(dice: Dice) -> float | None:

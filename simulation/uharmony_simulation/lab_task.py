@@ -19,7 +19,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from uharmony_client.flower_app import OnStep
-from uharmony_client.personal import local_parameters
+from uharmony_client.personal import as_personal, local_parameters, personal_part
 from uharmony_client.site import Site
 from uharmony_client.workbench import carried_after
 from uharmony_model.atomic import write_atomic
@@ -254,8 +254,9 @@ def _mean_over_classes(path: Path) -> list[dict[str, Any]]:
 
 
 def _local_count(site: Site, study: Study) -> int:
-    """Numbers that stay at a site, in its first domain."""
-    carried = local_parameters(carried_after(site, study.training.rounds))
+    """Numbers that stay at a site, in its first domain; a whole model of its own is among them."""
+    after = carried_after(site, study.training.rounds)
+    carried = {**local_parameters(after), **as_personal(local_parameters(personal_part(after)))}
     first = site.domains[0]
     return sum(t.numel() for k, t in carried.items() if "@" not in k or k.endswith(f"@{first}"))
 

@@ -24,24 +24,20 @@ from torch import Tensor
 
 from uharmony_client.case_table import CaseTable
 from uharmony_client.domain_choice import DomainChooser
+from uharmony_client.evaluate import mean_dice, measure_volume, network_input
 from uharmony_client.few_shot import fit_domain
 from uharmony_client.personal import local_parameters
 from uharmony_client.site import Site
 from uharmony_client.workbench import carried_after
-from uharmony_model.abstention import Abstention, left_out_distances
+from uharmony_model.abstention import AbstentionLimit, left_out_distances
 from uharmony_model.bundle import Model, load_bundle
 from uharmony_model.descriptor import describe
 from uharmony_model.exchange.partition import Partition
 from uharmony_model.experts import Expert, expert_network
 from uharmony_model.gate import Gate
-from uharmony_model.inference import predict_logits
-from uharmony_model.metrics import measure_case
 from uharmony_model.networks import build_network
-from uharmony_model.presence import with_presence
 from uharmony_model.prototypes import MAX_RELEASED, PublicFrame, prototype_of
-from uharmony_model.publication import AbstentionLimit
 from uharmony_model.segmentation_network import SegmentationNetwork
-from uharmony_model.targets import to_masks, to_targets
 from uharmony_model.test_time import MixtureSearch
 
 Dice = dict[str, float]
@@ -123,7 +119,6 @@ def _chooser(model: Model, opened: Sequence[Site]) -> DomainChooser:
     )
     rows = {name: frame.rows(values) for name, values in patients.items()}
     gate = Gate.of([prototype_of(name, values) for name, values in rows.items()])
-    limit = Abstention.of(left_out_distances(gate, rows))
     shared = Partition.of(network, study.plan.local).split(network.state_dict())[0]
     ordered = tuple(experts[name] for name in gate.domains)
     mixing = expert_network(study, shared, ordered)
@@ -132,7 +127,7 @@ def _chooser(model: Model, opened: Sequence[Site]) -> DomainChooser:
         ordered,
         gate,
         frame,
-        AbstentionLimit(limit=limit.limit, margin=limit.margin, false_rate=limit.false_rate),
+        AbstentionLimit.of(left_out_distances(gate, rows)),
     )
 
 
@@ -165,30 +160,18 @@ def _put(
     dice: Dice, site: Site, case: str, network: torch.nn.Module, mixture: Tensor | None
 ) -> None:
     """Measure one case under a mixture (K,) of the network's domains; None: residuals of zero."""
-    study, volume = site.study, site.volumes[case]
-    logits = predict_logits(
+    measured = measure_volume(
         network,
-        _input(site, case),
-        patch=study.training.patch,
-        overlap=study.evaluation.overlap,
+        site.volumes[case],
+        site.study,
         domain=mixture,
         device=site.device,
-    )
-    truth = to_targets(torch.from_numpy(np.array(volume.label))[None], study.task)[0]
-    measured = measure_case(
-        to_masks(logits[None], study.task)[0],
-        truth,
-        volume.spacing_mm,
-        study.evaluation.surface_tolerance_mm,
-        slow=False,
         annotated=site.annotated,
     )
-    known = [values.dice for values in measured if values.dice is not None]
-    if known:
-        dice[case] = round(statistics.fmean(known), 6)
+    found = mean_dice(measured)
+    if found is not None:
+        dice[case] = round(found, 6)
 
 
 def _input(site: Site, case: str) -> Tensor:
-    volume = site.volumes[case]
-    image = torch.from_numpy(np.array(volume.image))
-    return with_presence(image[None], [list(volume.present)], site.study.task)[0]
+    return network_input(site.volumes[case], site.study.task)

@@ -10,61 +10,33 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from flwr.app import Message, MessageType, RecordDict
-from flwr.serverapp import Grid
-from flwr.supercore.run import Run
+from flwr.app import Message, MessageType
 
 from uharmony_model.atomic import write_atomic
 from uharmony_model.errors import ConfigError, StoreError
 from uharmony_model.exchange.canonical import canonical_json
 from uharmony_model.participation import Participation
 from uharmony_model.study import Study
+from uharmony_service.grid import OneRunGrid
 from uharmony_simulation.engine import InProcessGrid
 
 RECORD = "participation.json"
 
 
-class ParticipationGrid(Grid):
+class ParticipationGrid(OneRunGrid):
     """Carries training only to sites that trained, and only counted answers back.
 
     Everything else passes: all sites are greeted and measured.
     """
 
     def __init__(self, grid: InProcessGrid, participation: Participation) -> None:
+        super().__init__()
         self._grid = grid
         self._rounds = participation.rounds
-
-    def set_run(self, run: Run) -> None:
-        """Set the run whose messages this grid carries."""
-        self._grid.set_run(run)
-
-    @property
-    def run(self) -> Run:
-        """The run whose messages this grid carries."""
-        return self._grid.run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """A message to one node."""
-        return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
 
     def get_node_ids(self) -> Iterable[int]:
         """The nodes, one a site."""
         return self._grid.get_node_ids()
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Keep messages for the sites that are to have them."""
-        return self._grid.push_messages(m for m in messages if self._trained(m))
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Answer the messages with these identifiers; what did not count is thrown away."""
-        return [m for m in self._grid.pull_messages(message_ids) if self._counted(m)]
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None

@@ -10,12 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from uharmony_model.atomic import write_atomic
 from uharmony_model.methods import METHODS
 from uharmony_model.metrics import FEWEST_PATIENTS
-from uharmony_service.page import UNDEFINED, data_uri, number, points, shown
+from uharmony_service.page import pages_of
 from uharmony_simulation.paired import CaseScore, Comparison, Cost
 from uharmony_simulation.study_plots import (
     SiteMatrix,
@@ -77,26 +75,14 @@ def write_study_report(
         StoreError: the disk is full or the folder cannot be written.
     """
     tables = study_tables(scores, costs, swaps)
-    environment = Environment(
-        loader=PackageLoader("uharmony_simulation", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        finalize=shown,
-    )
+    environment = pages_of("uharmony_simulation")
     environment.globals |= {
-        "points": points,
-        "number": number,
         "signed": signed,
         "small_p": small_p,
         "amount": amount,
-        "undefined": UNDEFINED,
         "tint": _tint,
         "fewest": FEWEST_PATIENTS,
     }
-    environment.filters |= {"png": data_uri}
     html = environment.get_template("study_report.html.jinja").render(
         title=title,
         attribution=attribution,

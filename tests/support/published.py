@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from uharmony_model.abstention import AbstentionLimit
 from uharmony_model.bundle import save_bundle
 from uharmony_model.descriptor import describe
 from uharmony_model.exchange.partition import Partition
 from uharmony_model.networks import build_network
 from uharmony_model.prototypes import Prototype
 from uharmony_model.publication import (
-    AbstentionLimit,
     Frame,
     Prototypes,
     Publication,

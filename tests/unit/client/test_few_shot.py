@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support import published as support
+from uharmony_client import evaluate
 from uharmony_client import few_shot as module
 from uharmony_client.domain_choice import DomainChooser
 from uharmony_client.few_shot import fit_domain, save_fitted
@@ -280,8 +281,12 @@ def test_a_class_that_is_not_annotated_is_no_background(chooser, write_cases):
 
 def test_only_annotated_classes_are_measured_to_choose_by(chooser, write_cases, monkeypatch):
     """A class that nobody drew would count as found where there is none."""
-    rows = [SimpleNamespace(dice=0.25), SimpleNamespace(dice=0.75)]
-    monkeypatch.setattr(module, "measure_case", lambda *given, **named: rows)
+
+    def measured(*given, annotated, **named):
+        flags = zip((0.25, 0.75), annotated.tolist(), strict=True)
+        return [SimpleNamespace(dice=dice if known else None) for dice, known in flags]
+
+    monkeypatch.setattr(evaluate, "measure_case", measured)
     folder = write_cases(4)
     for said, wanted in ((("edema",), 0.25), (("core",), 0.75), (None, 0.5)):
         values = {1: 1, 2: 2} if said is None else {1: 0, 2: 2} if "core" in said else {2: 0}

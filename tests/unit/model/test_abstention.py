@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from uharmony_model.abstention import Abstention, left_out_distances
+from uharmony_model.abstention import AbstentionLimit, left_out_distances
 from uharmony_model.errors import ConfigError
 from uharmony_model.gate import Gate
 from uharmony_model.prototypes import Prototype, prototype_of
@@ -64,9 +64,9 @@ def test_the_noise_of_a_released_prototype_stays():
 
 
 def test_the_limit_is_the_farthest_patient_and_a_margin():
-    rule = Abstention.of([1.0, 3.0, 2.5], margin=0.2)
+    rule = AbstentionLimit.of([1.0, 3.0, 2.5], margin=0.2)
     assert rule.limit == pytest.approx(3.6)
-    assert (rule.patients, rule.false_abstentions, rule.false_rate) == (3, 0, 0)
+    assert (rule.margin, rule.false_rate) == (0.2, 0)
     assert not rule.abstains(rule.limit)
     assert rule.abstains(np.nextafter(rule.limit, 9))
     assert rule.abstains(math.nan)
@@ -85,8 +85,8 @@ def test_false_abstentions_by_leaving_each_out(distances, margin, false):
     by_hand = sum(
         d > (1 + margin) * max(distances[:i] + distances[i + 1 :]) for i, d in enumerate(distances)
     )
-    rule = Abstention.of(distances, margin=margin)
-    assert rule.false_abstentions == by_hand == false
+    rule = AbstentionLimit.of(distances, margin=margin)
+    assert rule.false_rate == by_hand / len(distances) == false / len(distances)
     assert rule.false_rate == false / len(distances)
 
 
@@ -101,7 +101,7 @@ def test_false_abstentions_by_leaving_each_out(distances, margin, false):
 )
 def test_limits_that_are_refused(distances, margin, message):
     with pytest.raises(ConfigError, match=message):
-        Abstention.of(distances, margin=margin)
+        AbstentionLimit.of(distances, margin=margin)
 
 
 def test_rows_that_cannot_be_left_out():

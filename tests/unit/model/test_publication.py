@@ -12,10 +12,10 @@ from pydantic import ValidationError
 
 from tests.support import published as support
 from uharmony_model import publication as module
+from uharmony_model.abstention import AbstentionLimit
 from uharmony_model.errors import ConfigError, PartitionError, StoreError
 from uharmony_model.prototypes import Prototype, PublicFrame
 from uharmony_model.publication import (
-    AbstentionLimit,
     Frame,
     Prototypes,
     Publication,
