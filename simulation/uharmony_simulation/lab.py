@@ -5,8 +5,9 @@
         records/<cell>/<arm>_seed-<n>.json     what is done; may be given from elsewhere
         report.html  summary.json  tables.md
 
-A group, the arms of one cell, seed and fold, is run by one process, so that the sites' stores have
-one writer; several processes share the machine within a budget of memory.
+A process takes one arm of a cell, seed and fold, with stores of its own study; what a site trains
+alone comes first, as the other arms choose from it. Several processes share the machine within a
+budget of memory.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 
+from uharmony_client.personal import METHOD_ALONE
 from uharmony_model.allocator import keep_freed_pages
 from uharmony_model.atomic import make_directory
 from uharmony_model.errors import ConfigError
@@ -56,7 +58,7 @@ def plan(lab: Lab, study: Study, simulation: Simulation) -> list[Group]:
     """All tasks, those of one cell, seed and fold together; the reference first in each.
 
     Raises:
-        ConfigError: an arm cannot be followed.
+        ConfigError: an arm cannot be followed, or two of them are one.
     """
     folds: list[int | None] = [None] if lab.folds is None else list(range(lab.folds))
     groups = []
@@ -69,8 +71,19 @@ def plan(lab: Lab, study: Study, simulation: Simulation) -> list[Group]:
                     changed = changed_study(study, arm, seed=seed, folds=lab.folds, fold=fold)
                     check_patch(changed.network, changed.training.patch, changed.plan.backbone)
                     tasks.append(Task(cell, arm, seed, fold, changed, there))
+                _check_different(tasks)
                 groups.append(tuple(tasks))
     return groups
+
+
+def _check_different(tasks: Sequence[Task]) -> None:
+    names: dict[str, str] = {}
+    for task in tasks:
+        same = names.setdefault(task.study.digest, task.arm.name)
+        if same != task.arm.name:
+            raise ConfigError(
+                f"arms {same} and {task.arm.name} are one study under two names; leave one out"
+            )
 
 
 def run_lab(
@@ -95,8 +108,7 @@ def run_lab(
     kept = {task.name: read_record(places.records, task) for task in tasks}
     done = {name: record for name, record in kept.items() if record is not None}
     say(f"{len(tasks)} tasks, {len(done)} done")
-    left = (tuple(task for task in group if task.name not in done) for group in groups)
-    todo = [group for group in left if group]
+    todo = [chain for group in groups for chain in _chains(group, done)]
     for group in {group[0].cell.name: group for group in todo}.values():
         _make_cell(group[0], places, machine, say)
     clock = _Clock(len(tasks) - len(done), say)
@@ -108,15 +120,36 @@ def run_lab(
         record = _work((first,), places, machine, lab)[0]
         found[first.name] = record
         clock.tick(first, record)
-        queue[0] = tuple(rest)
+        queue[:1] = _released(rest)
         budget = _Budget(workers, memory_mib, record["peak_mib"])
-        found |= _run_groups([g for g in queue if g], places, machine, lab, budget, clock)
+        found |= _run_groups(queue, places, machine, lab, budget, clock)
     return [found[task.name] for task in tasks]
 
 
 def affordable(workers: int, peak_mib: int, memory_mib: int | None) -> int:
     """How many processes of this size fit into the budget; one always runs."""
     return workers if memory_mib is None else max(1, min(workers, memory_mib // max(peak_mib, 1)))
+
+
+def _chains(group: Group, done: Container[str]) -> list[Group]:
+    """The tasks that are left, split where nothing has to wait.
+
+    The local-only model of a study is trained once, by its own arm; the others of a cell, seed and
+    fold that choose from it at their end come after it, in any order and side by side.
+    """
+    chains: dict[str, list[Task]] = {}
+    for task in group:
+        chains.setdefault(task.study.with_method(METHOD_ALONE).digest, []).append(task)
+    left: list[Group] = []
+    for alone, chain in chains.items():
+        first = [task for task in chain if task.study.digest == alone and task.name not in done]
+        rest = [task for task in chain if task.study.digest != alone and task.name not in done]
+        left += [(*first, *rest)] if first else _released(rest)
+    return left
+
+
+def _released(tasks: Sequence[Task]) -> list[Group]:
+    return [(task,) for task in tasks]
 
 
 def _run_groups(
@@ -128,7 +161,7 @@ def _run_groups(
     clock: _Clock,
 ) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
-    if budget.workers == 1 or len(groups) == 1:
+    if budget.workers == 1:
         for group in groups:
             for task in group:
                 found[task.name] = _work((task,), places, machine, lab)[0]
@@ -152,8 +185,7 @@ def _run_groups(
                 found[first.name] = future.result()[0]
                 budget.seen(found[first.name]["peak_mib"])
                 clock.tick(first, found[first.name])
-                if rest:
-                    queue.insert(0, tuple(rest))
+                queue[:0] = _released(rest)
     return found
 
 

@@ -12,7 +12,7 @@ import yaml
 from tests.support.tiny import study_content, tiny_study
 from uharmony_model.errors import ConfigError
 from uharmony_simulation.config import FolderSource, Simulation
-from uharmony_simulation.lab import affordable, plan
+from uharmony_simulation.lab import _chains, affordable, plan
 from uharmony_simulation.lab_config import (
     Cell,
     Grid,
@@ -56,6 +56,36 @@ def test_a_plan_has_every_arm_seed_and_fold_of_every_cell_and_the_reference_firs
     assert len({str(task.declared) for group in groups for task in group}) == 16
     for group in groups:
         assert len({(t.cell.name, t.seed, t.fold) for t in group}) == 1
+
+
+def test_only_what_a_site_trains_alone_is_waited_for():
+    """Longer arms are compared with a longer local-only model: that one alone holds them up."""
+    longer = {"training.rounds": 9}
+    arms = [
+        "fedavg",
+        "uharmony",
+        {"name": "ordered", "method": "uharmony", "set": {"network.harmonization.order": 2}},
+        {"name": "fedavg-9", "method": "fedavg", "set": longer},
+        {"name": "local-9", "method": "local", "set": longer},
+        "local",
+    ]
+    (group,) = plan(lab(arms=arms), tiny_study(), RANDOM)
+
+    def chains(*done: str) -> list[list[str]]:
+        names = {task.arm.name: task.name for task in group}
+        found = _chains(group, [names[name] for name in done])
+        return [[task.arm.name for task in chain] for chain in found]
+
+    assert chains() == [["local", "fedavg", "uharmony", "ordered"], ["local-9", "fedavg-9"]]
+    assert chains("local") == [["fedavg"], ["uharmony"], ["ordered"], ["local-9", "fedavg-9"]]
+    assert chains("fedavg", "local-9") == [["local", "uharmony", "ordered"], ["fedavg-9"]]
+
+
+def test_one_study_under_two_names_is_refused():
+    as_it_is = {"training.rounds": tiny_study().training.rounds}
+    twice = ["fedavg", {"name": "same", "method": "fedavg", "set": as_it_is}]
+    with pytest.raises(ConfigError, match="arms fedavg and same are one study under two names"):
+        plan(lab(arms=twice), tiny_study(), RANDOM)
 
 
 def test_a_record_is_of_no_other_task_than_its_own():
