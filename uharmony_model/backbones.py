@@ -24,6 +24,7 @@ Stages = tuple[tuple[str, ...], ...]
 
 INSTANCE: NormName = ("INSTANCE", {"affine": True})
 BATCH: NormName = ("BATCH", {})
+LAYER: NormName = ("GROUP", {"num_groups": 1})
 
 
 @dataclass(frozen=True)

@@ -46,11 +46,12 @@ class Harmonization(Frozen):
 class Network(Frozen):
     """A MONAI backbone: `features` are the channels of its levels, finest first.
 
-    `norm` is what methods that do not harmonise have; some bring their own.
+    `norm` is what methods that do not harmonise have; some bring their own. `layer` normalises over
+    channels and space of a sample together.
     """
 
     name: Literal["unet", "dynunet", "segresnet", "swinunetr"] = "unet"
     features: Annotated[tuple[PositiveInt, ...], Field(min_length=2, max_length=7)] = (16, 32, 64)
     residual_units: NonNegativeInt = 1
-    norm: Literal["instance", "batch"] = "instance"
+    norm: Literal["instance", "batch", "layer"] = "instance"
     harmonization: Harmonization = Harmonization()

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from uharmony_model.backbones import BACKBONES, BATCH, INSTANCE, Backbone
+from uharmony_model.backbones import BACKBONES, BATCH, INSTANCE, LAYER, Backbone
 from uharmony_model.errors import ConfigError, NetworkError
 from uharmony_model.harmonize import harmonize
 from uharmony_model.methods import Place
@@ -39,9 +39,9 @@ def build_network(study: Study, domains: Sequence[str], *, seed: int) -> Segment
             f"network.features has {levels} levels, but {network.name} takes "
             f"{backbone.min_levels} to {backbone.max_levels}; change the list"
         )
-    norm = BATCH if plan.norm == "batch" or network.norm == "batch" else INSTANCE
-    if plan.norm in ("harmonic", "perxan"):
-        norm = INSTANCE  # to be replaced
+    own = {"instance": INSTANCE, "batch": BATCH, "layer": LAYER}[network.norm]
+    # Harmonisation layers and perxan take the place of instance norms.
+    norm = {"study": own, "batch": BATCH}.get(plan.norm, INSTANCE)
     with _drawn_from(seed):
         built = backbone.build(network, input_channels(task), task.outputs, norm)
     multiple = patch_multiple(network)

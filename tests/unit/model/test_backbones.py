@@ -103,6 +103,24 @@ def test_what_is_kept_is_what_the_method_says(backbone):
     assert names == {"gain", "shift", "rho", "lam", "weight_residual", "bias_residual"}
 
 
+@pytest.mark.parametrize("backbone", ["unet", "dynunet", "segresnet"])
+def test_layer_norms_see_channels_and_space_together(backbone):
+    plain, partition = build(backbone, "fedbn-in", norm="layer")
+    norms = [m for m in plain.modules() if isinstance(m, nn.GroupNorm)]
+    others = of(nn.InstanceNorm3d, nn.BatchNorm3d)
+    assert norms
+    assert not any(others(m) for m in plain.modules())
+    assert set(partition.local_keys) == keys_of(plain, of(nn.GroupNorm))
+    x = image()[:, :, :8] * torch.arange(1.0, 9.0).view(1, 1, 8, 1, 1)
+    wide = x.expand(-1, norms[0].num_channels, -1, -1, -1) * 3 + 1
+    seen = norms[0](wide).detach()
+    assert seen.mean((1, 2, 3, 4)) == pytest.approx(0.0, abs=1e-4)
+    assert seen.var((1, 2, 3, 4), unbiased=False) == pytest.approx(1.0, abs=1e-3)
+    assert not any(
+        isinstance(m, nn.GroupNorm) for m in build(backbone, "uharmony", norm="layer")[0].modules()
+    )
+
+
 def order_of_use(model: SegmentationNetwork) -> list[str]:
     """Paths of the modules with parameters of their own, as a forward pass comes to them."""
     used: list[str] = []
@@ -118,7 +136,7 @@ def order_of_use(model: SegmentationNetwork) -> list[str]:
 
 
 @pytest.mark.parametrize("units", [0, 1, 2])
-@pytest.mark.parametrize("norm", ["instance", "batch"])
+@pytest.mark.parametrize("norm", ["instance", "batch", "layer"])
 @pytest.mark.parametrize("backbone", ["unet", "dynunet", "segresnet"])
 def test_the_local_block_is_the_first_or_the_last_that_is_used(backbone, norm, units):
     for method, first in (("lg-fedavg", True), ("fedper", False), ("fedrep", False)):
