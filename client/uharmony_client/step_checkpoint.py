@@ -25,6 +25,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from uharmony_client.local_store import UNFINISHED, RoundKey
+from uharmony_client.objective import Objective
 from uharmony_client.optimizer import PREFIX, moments, restore_moments
 from uharmony_model.atomic import make_directory, write_atomic
 from uharmony_model.errors import PayloadError, StoreError
@@ -32,7 +33,7 @@ from uharmony_model.exchange.canonical import Digest, canonical_json, parse_cano
 from uharmony_model.frozen import Frozen
 
 EVERY = 50
-_NETWORK = "network/"
+_NETWORK, _OBJECTIVE = "network/", "objective/"
 _SEAL, _MAX_FACTS_BYTES = 32, 4096
 log = logging.getLogger(__name__)
 
@@ -63,10 +64,14 @@ class StepCheckpoint:
         return self.folder / UNFINISHED
 
     def of(
-        self, network: nn.Module, optimizer: torch.optim.Optimizer, before: Mapping[str, Tensor]
+        self,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        before: Mapping[str, Tensor],
+        objective: Objective | None = None,
     ) -> UnfinishedRound:
-        """The round that trains `network` from `before`."""
-        return UnfinishedRound(self, network, optimizer, before)
+        """The round that trains `network` from `before`; an objective may move more than that."""
+        return UnfinishedRound(self, network, optimizer, before, objective)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +82,7 @@ class UnfinishedRound:
     network: nn.Module
     optimizer: torch.optim.Optimizer
     before: Mapping[str, Tensor]
+    objective: Objective | None = None
 
     def take_up(self) -> tuple[int, float]:
         """Put network and moments where the round stood; gives steps done and their summed loss.
@@ -92,11 +98,12 @@ class UnfinishedRound:
         except (OSError, ValueError, PayloadError, SafetensorError, StoreError) as error:
             log.warning("%s: not used, the round starts at its first step: %s", path, error)
             return 0, 0.0
-        state = {k.removeprefix(_NETWORK): v for k, v in tensors.items() if k.startswith(_NETWORK)}
-        self.network.load_state_dict(state)
+        self.network.load_state_dict(_without(tensors, _NETWORK))
         # Moments from before the round would stay where the checkpoint has none.
         self.optimizer.state.clear()
         restore_moments(self.optimizer, self.network, tensors)
+        if self.objective is not None:
+            self.objective.restore(_without(tensors, _OBJECTIVE))
         log.info("round %d goes on after step %d", facts.round, facts.steps)
         return facts.steps, facts.loss
 
@@ -114,7 +121,9 @@ class UnfinishedRound:
             loss=loss,
         )
         state = {f"{_NETWORK}{k}": v.detach() for k, v in self.network.state_dict().items()}
-        tensors = {**state, **moments(self.optimizer, self.network)}
+        extra = {} if self.objective is None else self.objective.carried()
+        tensors = {**state, **{f"{_OBJECTIVE}{k}": v for k, v in extra.items()}}
+        tensors |= moments(self.optimizer, self.network)
         body = save({k: v.cpu().contiguous() for k, v in tensors.items()})
         head = canonical_json(facts).encode() + b"\n"
         seal = hashlib.sha256(head)
@@ -141,11 +150,15 @@ class UnfinishedRound:
         if RoundKey(facts.study, facts.round, facts.base) != key or facts.before != self._before:
             raise StoreError(f"it is of round {facts.round} of another history")
         layout = {f"{_NETWORK}{k}": v for k, v in self.network.state_dict().items()}
-        found = {k: v for k, v in tensors.items() if not k.startswith(PREFIX)}
+        found = {k: v for k, v in tensors.items() if not k.startswith((PREFIX, _OBJECTIVE))}
         if found.keys() != layout.keys() or any(
             v.shape != layout[k].shape or v.dtype != layout[k].dtype for k, v in found.items()
         ):
             raise StoreError("it is of another network")
+
+
+def _without(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 def _read(path: Path) -> tuple[_Facts, dict[str, Tensor]]:

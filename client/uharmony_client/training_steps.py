@@ -7,31 +7,22 @@ the network before the first step is the caller's business.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from uharmony_client.objective import LocalData, Objective, Supervised
 from uharmony_client.step_checkpoint import UnfinishedRound
 from uharmony_model.errors import TrainingError
-from uharmony_model.losses import segmentation_loss
-from uharmony_model.patches import StoredVolume, draw_batch
 from uharmony_model.randomness import numpy_generator
 from uharmony_model.study import Study
 
+__all__ = ["LocalData", "Pull", "Rate", "StepListener", "cosine", "run_steps"]
+
 StepListener = Callable[[int, float], None]
 Rate = Callable[[int], float]
-
-
-@dataclass(frozen=True)
-class LocalData:
-    """What a site trains on: opened volumes, the domain index of each, the classes annotated."""
-
-    site: str
-    volumes: Sequence[StoredVolume]
-    domains: Sequence[int]
-    annotated: Tensor
 
 
 @dataclass(frozen=True)
@@ -55,8 +46,8 @@ class Pull:
 
 def run_steps(
     network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    data: LocalData,
+    optimizer: Optimizer,
+    data: LocalData | Objective,
     study: Study,
     *,
     round_: int,
@@ -69,15 +60,15 @@ def run_steps(
 ) -> float:
     """Train `count` steps with the draws of `round_` and give the mean loss.
 
-    `rate` is the learning rate of each step, `learns` the names of the parameters that it trains
-    (None: all). With an `unfinished` round steps that were kept are not trained again.
+    `data` is what is learned from: labelled cases as they are, or an objective. `rate` is the
+    learning rate of each step, `learns` the names of the parameters that it trains (None: all).
+    With an `unfinished` round steps that were kept are not trained again.
 
     Raises:
         TrainingError: the loss is not finite.
     """
-    training, task = study.training, study.task
-    device = next(network.parameters()).device
-    annotated, done, total = data.annotated.to(device), 0, 0.0
+    objective = Supervised(data, study) if isinstance(data, LocalData) else data
+    done, total = 0, 0.0
     if unfinished is not None:
         done, total = unfinished.take_up()
     network.train()
@@ -86,26 +77,24 @@ def run_steps(
             group["lr"] = rate(step)
         learned = learns(step)
         _let_learn(network, learned)
-        where = (data.site, round_, step)
-        image, label, cases = draw_batch(data.volumes, task, training, study.seed, *where)
-        domain = torch.tensor([data.domains[case] for case in cases], device=device)
+        where = (objective.site, round_, step)
         alone = numpy_generator(study.seed, *where, "domain-dropout").random()
         # The zero of the residuals is trained through what is shared; where that rests, it rests.
         drop = learned is None and alone < study.harmonization.domain_dropout
 
-        logits = network(image.to(device), domain, drop=drop)
-        loss = segmentation_loss(logits, label.to(device), task, annotated)
+        loss = objective.loss(network, round_, step, drop=drop)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if pull is not None:
             pull.add_to(network)
-        nn.utils.clip_grad_norm_(network.parameters(), training.gradient_clip)
+        nn.utils.clip_grad_norm_(network.parameters(), study.training.gradient_clip)
         optimizer.step()
+        objective.moved(network, round_, step)
 
         value = loss.item()
         if not math.isfinite(value):
             raise TrainingError(
-                f"site {data.site}, round {round_}, step {step}: the loss is {value}; "
+                f"site {objective.site}, round {round_}, step {step}: the loss is {value}; "
                 "check the intensity policy or lower training.learning_rate"
             )
         total += value
