@@ -33,6 +33,7 @@ from uharmony_model.atomic import (
 )
 from uharmony_model.errors import ConfigError, StoreError
 from uharmony_model.exchange.partition import Partition
+from uharmony_model.extension_line import keep_line_apart
 from uharmony_model.frozen import Frozen, parse
 from uharmony_model.methods import EVERYTHING, METHODS
 from uharmony_model.networks import build_network
@@ -125,7 +126,7 @@ def load_bundle(folder: Path, site: str | None) -> Model:
     if site is None:
         _require_no_site_needed(folder, study)
         network = build_network(study, (_PLACEHOLDER,), seed=study.seed)
-        partition = Partition.of(network, study.plan.local)
+        made_by, partition = study, Partition.of(network, study.plan.local)
         # A fresh network's residuals are zero, and a pass without a domain does not use them.
         entry, local = None, partition.split(network.state_dict())[1]
     else:
@@ -143,6 +144,7 @@ def load_bundle(folder: Path, site: str | None) -> Model:
         partition = Partition.of(network, parts)
         shared = shared if entry.own is None else {}
     network.load_state_dict(partition.merge(shared, local), strict=True)
+    keep_line_apart(network, folder, made_by)
     return Model(
         network=network.eval(),
         study=study,

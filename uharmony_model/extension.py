@@ -18,6 +18,7 @@ background (`merge_unannotated`). All of this is ours.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -28,11 +29,12 @@ from torch.utils.hooks import RemovableHandle
 from uharmony_model.errors import ConfigError
 from uharmony_model.exchange.partition import Partition
 from uharmony_model.exchange.parts import place_of
-from uharmony_model.grown_conv import grown
+from uharmony_model.grown_conv import Convolution, Parts, grown, is_grown, kernel_shape
 from uharmony_model.methods import Place
 from uharmony_model.networks import build_network
 from uharmony_model.study import Study
 from uharmony_model.task import Task
+from uharmony_model.u2net import U2Net
 
 _ANY = "any"  # shared tensors do not depend on the number of domains
 
@@ -69,8 +71,8 @@ def extend_state(
         raise ConfigError(
             f"the domains {again or list(domains)} are not new; name each new one once"
         )
-    before, _ = _fresh(old, known or (_ANY,))
-    after, network = _fresh(new, (*known, *domains) or (_ANY,))
+    before, _ = _fresh(old, known)
+    after, network = _fresh(new, (*known, *domains))
     for name, tensor in state.items():
         if name not in before or before[name].shape != tensor.shape or name not in after:
             raise ConfigError(
@@ -83,7 +85,7 @@ def extend_state(
             f"{', '.join(sorted(before.keys() ^ (after.keys() - added))[:3])}: the network of the "
             "new study is built otherwise with so many channels; train one anew"
         )
-    places = place_of(network)
+    places = _places(network)
     result = {}
     for name, tensor in state.items():
         where = axes.get(places.get(_key(name)), _NOWHERE)
@@ -106,9 +108,9 @@ def new_entries(
         ConfigError: the new study is not the old one grown.
     """
     axes = _grown_places(old, new)
-    before, _ = _fresh(old, known or (_ANY,))
+    before, _ = _fresh(old, known)
     after, network = _fresh(new, (*known, *domains))
-    places = place_of(network)
+    places = _places(network)
     masks = {}
     for name, fresh in after.items():
         if name not in before:
@@ -129,33 +131,38 @@ def new_entries(
     }
 
 
-def keep_apart(network: nn.Module, old: Study, new: Study) -> None:
-    """Let the network of `new` compute what it has from `old` with the shapes of `old`, in place.
+def keep_apart(network: nn.Module, *line: Study) -> None:
+    """Let a network compute what it has from earlier studies with their shapes, in place.
 
+    The last study of the `line` is the network's own, each of the others was grown to the next.
     Without it the old outputs stay as they were up to rounding (1e-5 of a logit was seen), for a
     convolution of another size sums in another order; with it they stay to the bit. Keys, tensors
-    and their gradients are the same. A batch that mixes domains, and a new class of 3D U2-Net, are
-    equal up to rounding all the same: there kernels of several domains become one convolution.
+    and their gradients are the same. A batch that mixes domains is equal up to rounding all the
+    same where residuals of several domains become one convolution.
 
     Raises:
-        ConfigError: the new study is not the old one grown.
+        ConfigError: a study is not the one before it grown.
     """
-    axes = _grown_places(old, new)
-    before, _ = _fresh(old, (_ANY,))
-    places = place_of(network)
-    found: dict[nn.Module, nn.Module] = {}
-    for path, module in network.named_modules():
-        key = f"{path}.weight"
-        if not isinstance(module, nn.Conv3d | nn.ConvTranspose3d) or key not in before:
-            continue
-        ours, theirs = before[key].shape, module.weight.shape
-        if ours == theirs:
-            continue
-        where = axes.get(places.get(key), _NOWHERE)
-        _roles(key, ours, theirs, where)  # refuses what is no extension
-        columns, rows = (1, 0) if isinstance(module, nn.Conv3d) else (0, 1)
-        old_in = where.old if ours[columns] != theirs[columns] else range(theirs[columns])
-        found[module] = grown(module, old_in, ours[rows])
+    places = _places(network)
+    modules = {key: module for key, module in _kernels(network).items() if not is_grown(module)}
+    earlier = [_kernels(build_network(study, (_ANY,), seed=study.seed)) for study in line[:-1]]
+    shapes = [{key: kernel_shape(m) for key, m in made.items()} for made in (*earlier, modules)]
+    parts: dict[str, Parts] = {}
+    for studies, (before, after) in zip(
+        itertools.pairwise(line), itertools.pairwise(shapes), strict=True
+    ):
+        axes = _grown_places(*studies)
+        for key in modules.keys() & before.keys():
+            ours, theirs = before[key], after[key]
+            if ours == theirs:
+                continue
+            where = axes.get(places.get(key), _NOWHERE)
+            _roles(key, ours, theirs, where)  # refuses what is no extension
+            columns, rows = (0, 1) if isinstance(modules[key], nn.ConvTranspose3d) else (1, 0)
+            old_in = where.old if ours[columns] != theirs[columns] else range(theirs[columns])
+            sizes = theirs[columns], theirs[rows]
+            parts[key] = Parts(*sizes, old_in, ours[rows], inner=parts.get(key))
+    found: dict[nn.Module, nn.Module] = {modules[k]: grown(modules[k], p) for k, p in parts.items()}
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):
             if child in found:
@@ -248,8 +255,26 @@ def _key(name: str) -> str:
     return name.partition("@")[0]
 
 
+def _places(network: nn.Module) -> dict[str, Place]:
+    places = place_of(network)
+    if isinstance(network, U2Net):
+        # Auxiliary heads give logits as the head does.
+        heads = (key for key in network.state_dict() if key.startswith("network.auxiliary."))
+        places |= dict.fromkeys(heads, Place.LAST_BLOCK)
+    return places
+
+
+def _kernels(network: nn.Module) -> dict[str, Convolution]:
+    return {
+        f"{path}.weight": module
+        for path, module in network.named_modules()
+        if isinstance(module, Convolution)
+    }
+
+
 def _fresh(study: Study, domains: Sequence[str]) -> tuple[dict[str, Tensor], nn.Module]:
-    """A fresh network and its tensors by name."""
-    network = build_network(study, domains, seed=study.seed)
+    """A fresh network and its tensors by name; without domains only those of none."""
+    network = build_network(study, domains or (_ANY,), seed=study.seed)
     shared, local = Partition.of(network, study.plan.local).split(network.state_dict())
-    return {**shared, **local}, network
+    own = local if domains else {k: t for k, t in local.items() if "@" not in k}
+    return {**shared, **own}, network

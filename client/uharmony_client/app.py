@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import click
 import typer
 from rich.console import Console
 
@@ -46,13 +47,20 @@ resources:
 @app.callback()
 def service(
     context: typer.Context,
-    site: Annotated[str, typer.Option(help="the site's name, or its site.yaml or its folder")],
+    site: Annotated[
+        str | None,
+        typer.Option(help="the site's name, or its site.yaml or its folder; not for extend"),
+    ] = None,
     health_port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="gRPC health service on 127.0.0.1")
     ] = None,
 ) -> None:
     """Run the service of the site when no command is given."""
     context.obj = site
+    if context.invoked_subcommand == "extend":  # works on a model's folder, wherever that is
+        return
+    if site is None:
+        raise click.UsageError("Missing option '--site'.", context)
     if context.invoked_subcommand is not None:
         return
     from uharmony_client.service import serve
@@ -243,6 +251,57 @@ def _results(home: Home):  # type: ignore[no-untyped-def]  # its types would imp
             ),
         )
     return evaluate_site(site, model), site
+
+
+@app.command()
+def extend(
+    model: Annotated[Path, typer.Argument(help="folder of a finished model")],
+    cases: Annotated[Path, typer.Option(help="labelled cases: a table, or a folder of volumes")],
+    name: Annotated[str, typer.Option(help="of the new domain; --site of uharmony-predict")],
+    out: Annotated[Path, typer.Option(help="folder for the extended model")],
+    classes: Annotated[
+        list[str] | None,
+        typer.Option("--class", metavar="NAME=VALUE", help="a new class and its label value"),
+    ] = None,
+    modality: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=POLICY", help="a new modality: MR=zscore, CT=window,low=-160,high=240"
+        ),
+    ] = None,
+    annotated: Annotated[
+        str | None,
+        typer.Option(metavar="CLASS,...", help="classes that are drawn in the cases; else all"),
+    ] = None,
+    channels: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,...", help="modalities of the cases, where they name none"),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="of training")] = 200,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    force: Annotated[bool, typer.Option("--force", help="replace an earlier model")] = False,
+) -> None:
+    """Add a domain to a trained model, and a class or modality if asked; the old outputs stay."""
+    from uharmony_client.device import choose_device
+    from uharmony_client.extend import extend as run_extend
+
+    made = run_extend(
+        model,
+        cases,
+        out,
+        name=name,
+        device=choose_device(device),
+        classes=classes or (),
+        modalities=modality or (),
+        annotated=annotated.split(",") if annotated is not None else (),
+        channels=channels.split(",") if channels else (),
+        steps=steps,
+        force=force,
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    for line in made.lines:
+        print(line)
+    print(f"wrote {out}; next: uharmony-predict {out} VOLUME --site {name}")
 
 
 @app.command()
