@@ -9,13 +9,15 @@ from typing import Any
 
 from uharmony_model.atomic import make_directory, write_atomic
 from uharmony_model.study import Study
-from uharmony_simulation.config import Simulation
+from uharmony_simulation.config import FolderSource, Simulation
 from uharmony_simulation.lab import Places, plan
 from uharmony_simulation.lab_config import REFERENCE, Lab
 from uharmony_simulation.lab_task import Task, read_record
 from uharmony_simulation.paired import CaseScore, Cost
 from uharmony_simulation.sites import attribution
+from uharmony_simulation.study_classes import LabelLoss
 from uharmony_simulation.study_plots import SiteMatrix
+from uharmony_simulation.study_regimes import local_of_regime
 from uharmony_simulation.study_report import write_study_report
 from uharmony_simulation.study_summary import Failure, markdown_tables, summary_json
 from uharmony_simulation.study_tables import Swap
@@ -29,7 +31,8 @@ def publish(lab: Lab, study: Study, simulation: Simulation, places: Places) -> N
     Raises:
         StoreError: a record is damaged or of another study, or the folder cannot be written.
     """
-    tasks = [task for group in plan(lab, study, simulation) for task in group]
+    groups = plan(lab, study, simulation)
+    tasks = [task for group in groups for task in group]
     found = [(task, read_record(places.records, task)) for task in tasks]
     done = [(task, record) for task, record in found if record is not None]
     missing = [task.name for task, record in found if record is None]
@@ -46,6 +49,8 @@ def publish(lab: Lab, study: Study, simulation: Simulation, places: Places) -> N
         facts=facts,
         attribution=attribution(simulation),
         failures=failures,
+        regimes=local_of_regime({task.arm.name: task.study for task in groups[0]}),
+        losses=_losses(tasks),
     )
     summary = summary_json(
         tables, title=lab.name, matrices=matrices, facts=facts, failures=failures
@@ -65,9 +70,21 @@ def _scores(task: Task, record: dict[str, Any]) -> list[CaseScore]:
             case=row["case"],
             patient=row["patient"],
             dice=row["dice"],
+            by_class=row.get("by_class", {}),
         )
         for row in record["cases"]
     ]
+
+
+def _losses(tasks: Sequence[Task]) -> list[LabelLoss]:
+    """What the sites of each cell do not annotate, and the cell where they annotate it."""
+    found = {}
+    for task in tasks:
+        source = task.simulation.source
+        if task.cell.labels_lost and isinstance(source, FolderSource):
+            whole = task.cell.model_copy(update={"labels_lost": 0.0})
+            found[task.cell.title] = LabelLoss(task.cell.title, whole.title, source.annotated)
+    return list(found.values())
 
 
 def _left_out(done: Done) -> list[CaseScore]:
@@ -86,7 +103,7 @@ def _left_out(done: Done) -> list[CaseScore]:
                 continue
             own = [s for s in _scores(*found) if s.site == site and not s.at_home]
             patients |= {s.case: s.patient for s in own}
-            scores += [replace(s, arm=name, cell=cell) for s in own]
+            scores += [replace(s, arm=name, cell=cell, by_class={}) for s in own]
         for step, dice in record["unseen"]["dice"].items():
             scores += [
                 CaseScore(

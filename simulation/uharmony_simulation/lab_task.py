@@ -34,7 +34,9 @@ from uharmony_model.study import Study
 from uharmony_server.checkpoint import read_latest
 from uharmony_simulation.arms import Arm, Machine, SiteOpener, run_arm
 from uharmony_simulation.config import Simulation
+from uharmony_simulation.division import POOLED
 from uharmony_simulation.lab_config import REFERENCE, Cell, LabArm
+from uharmony_simulation.lab_labels import add_unannotated
 from uharmony_simulation.lab_swaps import measure_swaps
 from uharmony_simulation.lab_unseen import measure_unseen
 
@@ -179,11 +181,17 @@ def run_task(
         "kept": {
             r["site"]: r["kept"] for r in done["records"] if r.get("kept") and r["split"] == "test"
         },
-        "cases": [row for site in opened for row in _rows(site, arm.study)],
+        "cases": [],
         "matrix": {},
         "swaps": [],
         "unseen": None,
     }
+    for site in opened:
+        rows = _rows(site, arm.study)
+        if state is not None and not bool(site.annotated.all()):
+            whole = SiteOpener(arm, where, machine, stores).named(POOLED)
+            add_unannotated(rows, site, whole, unflatten(state.global_, schema))
+        record["cases"] += rows
     if swap and state is not None and not arm.study.plan.pooled:
         shared = unflatten(state.global_, schema)
         record["matrix"], record["swaps"] = measure_swaps(arm.study, opened, shared, state.round)

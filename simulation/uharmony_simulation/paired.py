@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,9 @@ import numpy.typing as npt
 from uharmony_model.errors import DataError
 from uharmony_model.metrics import Word, paired_word
 from uharmony_model.randomness import numpy_generator
-from uharmony_simulation.rank_tests import rank_biserial, signed_rank
+from uharmony_simulation.rank_tests import holm, rank_biserial, signed_rank
+
+Key = TypeVar("Key", bound=Hashable)
 
 RESAMPLES = 10_000
 
@@ -32,6 +35,8 @@ class CaseScore:
 
     `at_home`: after the site's own last steps. `cell` names the conditions, the shift and its
     strength first: "invert 2.0, sites 4". A patient's name means the same person at every site.
+    `by_class` holds the Dice of every class that was measured, of a class that the site does not
+    annotate too where somebody knows the truth.
     """
 
     arm: str
@@ -42,12 +47,14 @@ class CaseScore:
     case: str
     patient: str
     dice: float
+    by_class: Mapping[str, float] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
 class Cost:
     """What a run of an arm cost: bytes and seconds of all its sites together, in a round.
 
+    The rounds are those of training: the weights that the last evaluation sends are not in it.
     `local_parameters` is the number of scalars that stay at a site. `kept` counts the sites by
     what they kept at their finale.
     """
@@ -156,6 +163,15 @@ def compare(
             values.append(_Value(key[0], key[2], round(mean, 12)))
     pairs = _patient_means(values)
     return Comparison(_estimate(values, resamples), signed_rank(pairs), rank_biserial(pairs))
+
+
+def in_family(family: Mapping[Key, Comparison]) -> dict[Key, Comparison]:
+    """Comparisons that are asked together, each with its p adjusted after Holm."""
+    adjusted = holm([comparison.p for comparison in family.values()])
+    return {
+        key: replace(comparison, p_holm=p)
+        for (key, comparison), p in zip(family.items(), adjusted, strict=True)
+    }
 
 
 def seed_spread(scores: Iterable[CaseScore]) -> SeedSpread:

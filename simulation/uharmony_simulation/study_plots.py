@@ -41,7 +41,8 @@ from uharmony_simulation.plot_style import (
     text_of,
     title,
 )
-from uharmony_simulation.study_tables import Block, StudyTables, SwapRow, arms_in_order, shift_of
+from uharmony_simulation.study_order import arms_in_order, shift_of
+from uharmony_simulation.study_tables import Block, StudyTables, SwapRow
 
 UNSHIFTED = "none"
 _IN_EVERY_PANEL = ("local", "pooled")

@@ -15,6 +15,7 @@ from uharmony_model.methods import METHODS
 from uharmony_model.metrics import FEWEST_PATIENTS
 from uharmony_service.page import pages_of
 from uharmony_simulation.paired import CaseScore, Comparison, Cost
+from uharmony_simulation.study_classes import LabelLoss
 from uharmony_simulation.study_plots import (
     SiteMatrix,
     gain_plot,
@@ -22,14 +23,8 @@ from uharmony_simulation.study_plots import (
     shift_plot,
     swap_plot,
 )
-from uharmony_simulation.study_summary import (
-    Failure,
-    amount,
-    failure_order,
-    matrix_order,
-    signed,
-    small_p,
-)
+from uharmony_simulation.study_regimes import Regimes
+from uharmony_simulation.study_summary import Failure, failure_order, matrix_order
 from uharmony_simulation.study_tables import (
     Block,
     Row,
@@ -38,6 +33,7 @@ from uharmony_simulation.study_tables import (
     SwapRow,
     study_tables,
 )
+from uharmony_simulation.study_text import amount, signed, small_p
 
 OWN_METHOD = "uharmony"
 
@@ -64,17 +60,20 @@ def write_study_report(
     attribution: str = "",
     failures: Sequence[Failure] | None = None,
     arm: str = OWN_METHOD,
+    regimes: Regimes | None = None,
+    losses: Sequence[LabelLoss] = (),
 ) -> StudyTables:
     """Write the page whole or not at all, and return the numbers that stand in it.
 
     `facts` is shown as it is given: texts and numbers, or mappings of them. `arm` is the one the
     summary at the top speaks of. Without `failures` the page does not say that there were none.
+    `regimes` and `losses` are those of `study_tables`.
 
     Raises:
         DataError: a case stands twice in a run, or a Dice is no number in [0, 1].
         StoreError: the disk is full or the folder cannot be written.
     """
-    tables = study_tables(scores, costs, swaps)
+    tables = study_tables(scores, costs, swaps, regimes=regimes, losses=losses)
     environment = pages_of("uharmony_simulation")
     environment.globals |= {
         "signed": signed,
@@ -88,6 +87,9 @@ def write_study_report(
         attribution=attribution,
         tables=tables,
         cells=[(c, [b for b in tables.blocks if b.cell == c]) for c in tables.cells],
+        classes={found.cell: found for found in tables.classes},
+        losses={found.cell: found for found in tables.losses},
+        several_alone=any(block.several_alone for block in tables.blocks),
         findings=_findings(tables, arm),
         arm=arm,
         meanings={a: METHODS[a].meaning for a in tables.arms if a in METHODS},

@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from uharmony_model.methods import METHODS
-from uharmony_service.page import UNDEFINED, number, points, printable
-from uharmony_simulation.paired import Comparison, Estimate, SeedSpread
+from uharmony_server.summary import LOCAL
+from uharmony_service.page import UNDEFINED, number
+from uharmony_simulation.paired import SeedSpread
+from uharmony_simulation.study_class_text import (
+    class_json,
+    class_markdown,
+    loss_json,
+    loss_markdown,
+)
 from uharmony_simulation.study_plots import SiteMatrix
 from uharmony_simulation.study_tables import Block, MeanCost, Row, StudyTables
+from uharmony_simulation.study_text import (
+    alone_column,
+    amount,
+    cell,
+    compared,
+    dice,
+    difference,
+    short_difference,
+    table,
+)
 
 MOMENTS = {False: "after the last round", True: "with the last steps at home"}
 
@@ -58,11 +75,13 @@ def summary_json(
                 "arm": row.arm,
                 "cell": row.cell,
                 "part": row.part,
-                "over_sites": _compared(row.over_sites),
-                "at_sites": {s: _compared(c) for s, c in row.at_sites.items()},
+                "over_sites": compared(row.over_sites),
+                "at_sites": {s: compared(c) for s, c in row.at_sites.items()},
             }
             for row in tables.swaps
         ],
+        "classes": [class_json(found) for found in tables.classes],
+        "label_losses": [loss_json(found) for found in tables.losses],
         "matrices": [asdict(m) for m in sorted(matrices, key=matrix_order)],
         "failures": [asdict(f) for f in sorted(failures, key=failure_order)],
     }
@@ -70,15 +89,20 @@ def summary_json(
 
 
 def markdown_tables(tables: StudyTables) -> str:
-    """The main tables, one section for each condition and moment.
+    """The main tables: a section for each condition and moment, then classes and swapped parts.
 
     Differences are in points of Dice with their 95 % interval, p after Holm, the rank-biserial
     effect size r, and the word.
     """
     parts = []
     for block in tables.blocks:
-        parts.append(f"### {_cell(block.cell)}, {MOMENTS[block.at_home]}")
+        parts.append(f"### {cell(block.cell)}, {MOMENTS[block.at_home]}")
         parts += [_dice_table(block), _against_table(block), _gain_table(block)]
+    for by_class in tables.classes:
+        parts += [f"### {cell(by_class.cell)}, class by class", class_markdown(by_class)]
+    for lost in tables.losses:
+        what = f"{cell(lost.cell)}, each arm against itself with all labels"
+        parts += [f"### {what} ({cell(lost.all_labels)})", loss_markdown(lost)]
     if tables.swaps:
         sites = sorted({site for row in tables.swaps for site in row.at_sites})
         head = ["condition", "arm", "swapped part", "over sites", *sites]
@@ -92,51 +116,8 @@ def markdown_tables(tables: StudyTables) -> str:
             ]
             for row in tables.swaps
         ]
-        parts += ["### Swapped parts", _table(head, lines)]
+        parts += ["### Swapped parts", table(head, lines)]
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def difference(found: Comparison | None) -> str:
-    """A comparison in one line: points, interval, p after Holm, effect size, n and word."""
-    if found is None or found.difference.mean is None:
-        return UNDEFINED
-    return (
-        f"{points(found.difference.mean)}{_bounds(found.difference)}, p {small_p(found.p_holm)},"
-        f" r {signed(found.effect)}, n {found.difference.cases}: {found.word}"
-    )
-
-
-def short_difference(found: Comparison | None) -> str:
-    """A comparison without its test: points, interval, n and word."""
-    if found is None or found.difference.mean is None:
-        return UNDEFINED
-    estimated = found.difference
-    return f"{points(estimated.mean)}{_bounds(estimated)}, n {estimated.cases}: {found.word}"
-
-
-def signed(effect: float | None) -> str:
-    """An effect size with its sign; zero has none."""
-    if effect is None:
-        return UNDEFINED
-    text = f"{effect:+.2f}"
-    return "0.00" if text in ("+0.00", "-0.00") else text.replace("-", "\u2212")
-
-
-def small_p(p: float | None) -> str:
-    """A p-value as tables show it; what is too small for the digits is said to be so."""
-    if p is None:
-        return UNDEFINED
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def amount(value: float | None) -> str:
-    """Bytes in the unit that suits them: 1 kB is 1000 B."""
-    if value is None:
-        return UNDEFINED
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if value >= size:
-            return f"{value / size:.{0 if value >= 100 * size else 1}f} {unit}"
-    return f"{value:.0f} B"
 
 
 def matrix_order(matrix: SiteMatrix) -> tuple[str, int, str, bool]:
@@ -157,65 +138,61 @@ def _row(row: Row) -> dict[str, object]:
         "over_sites": asdict(row.over_sites),
         "at_sites": {s: asdict(e) for s, e in row.at_sites.items()},
         "seeds": asdict(row.seeds),
-        "against": {n: _compared(c) for n, c in row.against.items()},
-        "gains": {s: _compared(c) for s, c in row.gains.items()},
+        "against": {n: compared(c) for n, c in row.against.items()},
+        "gains": {s: compared(c) for s, c in row.gains.items()},
         "cost": None if row.cost is None else asdict(row.cost),
+        "alone": None if row.alone is None else asdict(row.alone),
     }
 
 
-def _compared(found: Comparison) -> dict[str, object]:
-    return {**asdict(found), "word": found.word}
-
-
 def _dice_table(block: Block) -> str:
-    head = ["arm", "mean over sites", *block.sites, "seeds", "s/round", "up/round", "down/round"]
-    head += ["local scalars", *(["kept"] if block.at_home else [])]
+    head = ["arm", "mean over sites", *block.sites, "seeds", "s/round", "up/round"]
+    head += ["down a round of training", "local scalars", *(["kept"] if block.at_home else [])]
     lines = [
         [
             block.shown(row.arm),
-            _dice(row.over_sites, len(block.sites)),
-            *(_dice(row.at_sites[site], 1) for site in block.sites),
+            dice(row.over_sites, len(block.sites)),
+            *(dice(row.at_sites[site], 1) for site in block.sites),
             _spread(row.seeds),
             *_costs(row.cost, at_home=block.at_home),
         ]
         for row in block.rows
     ]
-    return _table(head, lines)
+    return table(head, lines)
 
 
 def _against_table(block: Block) -> str:
+    several = block.several_alone
     lines = [
-        [block.shown(row.arm), *(difference(row.against.get(name)) for name in block.references)]
+        [
+            block.shown(row.arm),
+            *alone_column(row.alone, several=several),
+            *(difference(row.against.get(name)) for name in block.references),
+        ]
         for row in block.rows
         if row.against
     ]
-    head = ["arm", *(f"against {block.shown(name)}" for name in block.references)]
-    return _table(head, lines) if lines else ""
+    head = ["arm", *(["local-only model"] if several else [])]
+    head += [
+        f"against {'training alone' if several and name == LOCAL else block.shown(name)}"
+        for name in block.references
+    ]
+    return table(head, lines) if lines else ""
 
 
 def _gain_table(block: Block) -> str:
+    several = block.several_alone
     lines = [
-        [block.shown(row.arm), *(short_difference(row.gains.get(site)) for site in block.sites)]
+        [
+            block.shown(row.arm),
+            *alone_column(row.alone, several=several),
+            *(short_difference(row.gains.get(site)) for site in block.sites),
+        ]
         for row in block.rows
         if row.gains
     ]
-    head = ["against training alone", *block.sites]
-    return _table(head, lines) if lines else ""
-
-
-def _dice(found: Estimate, sites: int) -> str:
-    if found.mean is None:
-        return UNDEFINED
-    text = number(found.mean, 3)
-    if found.low is not None and found.high is not None:
-        text += f" ({number(found.low, 3)} to {number(found.high, 3)})"
-    return text if found.sites == sites else f"{text}, {found.sites} of {sites} sites"
-
-
-def _bounds(found: Estimate) -> str:
-    if found.low is None or found.high is None:
-        return ""
-    return f" ({points(found.low)} to {points(found.high)})"
+    alone = ["local-only model"] if several else []
+    return table(["against training alone", *alone, *block.sites], lines) if lines else ""
 
 
 def _spread(seeds: SeedSpread) -> str:
@@ -235,14 +212,3 @@ def _costs(cost: MeanCost | None, *, at_home: bool) -> list[str]:
         f"{cost.local_parameters}",
         *([kept] if at_home else []),
     ]
-
-
-def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    rows = [head, ["---", *("---:" for _ in head[1:])], *lines]
-    shown = [row if i == 1 else [_cell(text) for text in row] for i, row in enumerate(rows)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in shown)
-
-
-def _cell(text: str) -> str:
-    """Foreign text as one cell: on one line, and nothing in it is markup."""
-    return "".join("\\" + c if c in "\\|`*_[]<>&$~#!" else c for c in printable(text))

@@ -1,20 +1,17 @@
 """The numbers of a study, computed once for its page, its JSON and its Markdown.
 
 A block is one condition at one moment: after the last round, or with the sites' last steps at
-home. Arms of a block are compared with the block's own references, so that all have spent the
-same number of steps. The order of the rows that are given does not matter.
+home. Arms of a block are compared with the block's own references, and with the local-only arm of
+their own settings, so that both have spent the same number of steps. The order of the rows that
+are given does not matter.
 """
 
 from __future__ import annotations
 
-import re
 import statistics
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
-from uharmony_model.methods import METHODS
-from uharmony_server.records import AT_HOME
 from uharmony_server.summary import LOCAL
 from uharmony_simulation.paired import (
     RESAMPLES,
@@ -25,16 +22,20 @@ from uharmony_simulation.paired import (
     SeedSpread,
     compare,
     estimate,
+    in_family,
     seed_spread,
 )
-from uharmony_simulation.rank_tests import holm
-
-Key = TypeVar("Key", bound=Hashable)
+from uharmony_simulation.study_classes import (
+    ClassTable,
+    LabelLoss,
+    LossTable,
+    class_tables,
+    loss_tables,
+)
+from uharmony_simulation.study_order import arms_in_order, in_order, shown
+from uharmony_simulation.study_regimes import Alone, Regimes, alone_of, several
 
 REFERENCES = (LOCAL, "fedavg", "fedbn", "lg-fedavg", "pooled")
-
-_SHIFT = re.compile(r"(?P<kind>[^,]*\S)\s+(?P<strength>-?\d+(?:\.\d+)?)(?P<rest>,.*)?")
-_NUMBER = re.compile(r"(\d+(?:\.\d+)?)")
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ class Row:
     """One arm in a block.
 
     `against` compares it with each reference over all sites, `gains` with training alone at each
-    site; a reference or a site without common cases is missing.
+    site; a reference or a site without common cases is missing. `alone` is the arm that stands for
+    training alone, also under `against["local"]`.
     """
 
     arm: str
@@ -78,6 +80,7 @@ class Row:
     against: Mapping[str, Comparison]
     gains: Mapping[str, Comparison]
     cost: MeanCost | None
+    alone: Alone | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,12 @@ class Block:
 
     def shown(self, arm: str) -> str:
         """An arm's name as tables of both moments have it."""
-        return f"{arm}{AT_HOME}" if self.at_home else arm
+        return shown(arm, at_home=self.at_home)
+
+    @property
+    def several_alone(self) -> bool:
+        """Whether the rows were compared with several arms that stand for training alone."""
+        return several(row.alone for row in self.rows)
 
 
 @dataclass(frozen=True)
@@ -118,6 +126,8 @@ class StudyTables:
     seeds: tuple[int, ...]
     blocks: tuple[Block, ...]
     swaps: tuple[SwapRow, ...]
+    classes: tuple[ClassTable, ...] = ()
+    losses: tuple[LossTable, ...] = ()
 
 
 def study_tables(
@@ -125,9 +135,14 @@ def study_tables(
     costs: Iterable[Cost] = (),
     swaps: Iterable[Swap] = (),
     *,
+    regimes: Regimes | None = None,
+    losses: Iterable[LabelLoss] = (),
     resamples: int = RESAMPLES,
 ) -> StudyTables:
     """Compute every table of a study; arms and conditions that are missing have no entry.
+
+    `regimes` names the local-only arm of each arm's own settings, as `local_of_regime` finds it;
+    without it that is the arm called "local". `losses` tells which sites do not annotate what.
 
     Holm's families are: in a block all arms against one reference; in a block all arms at all
     sites against training alone; in a condition all swapped parts, over all sites and by site.
@@ -135,14 +150,15 @@ def study_tables(
     Raises:
         DataError: a case stands twice in a run, or a Dice is no number in [0, 1].
     """
-    scores, costs, swaps = list(scores), list(costs), list(swaps)
+    scores, costs, swaps, losses = list(scores), list(costs), list(swaps), list(losses)
+    regimes = regimes or {}
     groups: dict[tuple[str, bool], dict[str, list[CaseScore]]] = {}
     for score in scores:
         block = groups.setdefault((score.cell, score.at_home), {})
         block.setdefault(score.arm, []).append(score)
-    cells = _in_order(s.cell for s in scores)
+    cells = in_order(s.cell for s in scores)
     blocks = [
-        _block(cell, at_home, groups[cell, at_home], costs, resamples)
+        _block(cell, at_home, groups[cell, at_home], costs, regimes, resamples)
         for cell in cells
         for at_home in (False, True)
         if (cell, at_home) in groups
@@ -153,34 +169,9 @@ def study_tables(
         seeds=tuple(sorted({s.seed for s in scores})),
         blocks=tuple(blocks),
         swaps=tuple(_swap_rows(swaps, resamples)),
+        classes=tuple(class_tables(scores, regimes, losses, resamples)),
+        losses=tuple(loss_tables(scores, losses, resamples)),
     )
-
-
-def arms_in_order(arms: Iterable[str]) -> list[str]:
-    """Arms in the order of the methods, then others by name."""
-    known = {name: index for index, name in enumerate(METHODS)}
-    return sorted(set(arms), key=lambda arm: (known.get(arm, len(known)), arm))
-
-
-def shift_of(cell: str) -> tuple[str, float] | None:
-    """The kind of shift, with all other conditions, and its strength; None where none is named.
-
-    "invert 2.0, sites 4" is 2.0 of "invert, sites 4".
-    """
-    found = _SHIFT.fullmatch(cell)
-    if found is None:
-        return None
-    return found["kind"] + (found["rest"] or ""), float(found["strength"])
-
-
-def _in_order(cells: Iterable[str]) -> list[str]:
-    """By name, and numbers in it by size."""
-
-    def key(cell: str) -> list[tuple[float, str]]:
-        parts = _NUMBER.split(cell)
-        return [(float(p), "") if i % 2 else (0.0, p) for i, p in enumerate(parts)]
-
-    return sorted(set(cells), key=lambda cell: (key(cell), cell))
 
 
 def _block(
@@ -188,20 +179,22 @@ def _block(
     at_home: bool,
     by_arm: Mapping[str, Sequence[CaseScore]],
     costs: Sequence[Cost],
+    regimes: Regimes,
     resamples: int,
 ) -> Block:
     sites = tuple(sorted({score.site for scores in by_arm.values() for score in scores}))
-    references = tuple(name for name in REFERENCES if name in by_arm)
+    arms = arms_in_order(by_arm)
+    alone = {arm: alone_of(arm, by_arm, regimes) for arm in arms}
+    there = {*by_arm} - {LOCAL} | {LOCAL for found in alone.values() if found is not None}
+    references = tuple(name for name in REFERENCES if name in there)
     rows = []
-    for arm in arms_in_order(by_arm):
-        own = by_arm[arm]
-        against = {
-            name: compare(own, by_arm[name], resamples=resamples)
-            for name in references
-            if name != arm
-        }
-        alone = by_arm.get(LOCAL, ()) if arm != LOCAL else ()
-        gains = {s: compare(own, alone, site=s, resamples=resamples) for s in sites}
+    for arm in arms:
+        own, found = by_arm[arm], alone[arm]
+        others = {name: by_arm[name] for name in references if name not in (LOCAL, arm)}
+        if found is not None:
+            others = {LOCAL: by_arm[found.arm], **others}
+        against = {n: compare(own, other, resamples=resamples) for n, other in others.items()}
+        gains = {s: compare(own, others.get(LOCAL, ()), site=s, resamples=resamples) for s in sites}
         rows.append(
             Row(
                 arm=arm,
@@ -211,25 +204,18 @@ def _block(
                 against={n: c for n, c in against.items() if c.difference.cases},
                 gains={s: c for s, c in gains.items() if c.difference.cases},
                 cost=_mean_cost([c for c in costs if (c.arm, c.cell) == (arm, cell)]),
+                alone=found,
             )
         )
     for name in references:
-        found = _adjusted({r.arm: r.against[name] for r in rows if name in r.against})
+        family = in_family({r.arm: r.against[name] for r in rows if name in r.against})
         rows = [
-            replace(r, against={**r.against, name: found[r.arm]}) if r.arm in found else r
+            replace(r, against={**r.against, name: family[r.arm]}) if r.arm in family else r
             for r in rows
         ]
-    gained = _adjusted({(r.arm, s): c for r in rows for s, c in r.gains.items()})
+    gained = in_family({(r.arm, s): c for r in rows for s, c in r.gains.items()})
     rows = [replace(r, gains={s: gained[r.arm, s] for s in r.gains}) for r in rows]
     return Block(cell, at_home, sites, references, tuple(rows))
-
-
-def _adjusted(family: Mapping[Key, Comparison]) -> dict[Key, Comparison]:
-    adjusted = holm([comparison.p for comparison in family.values()])
-    return {
-        key: replace(comparison, p_holm=p)
-        for (key, comparison), p in zip(family.items(), adjusted, strict=True)
-    }
 
 
 def _mean_cost(costs: Sequence[Cost]) -> MeanCost | None:
@@ -254,7 +240,7 @@ def _swap_rows(swaps: Sequence[Swap], resamples: int) -> list[SwapRow]:
     for swap in swaps:
         groups.setdefault((swap.cell, swap.arm, swap.part), []).append(swap)
     rows: list[SwapRow] = []
-    for cell in _in_order(s.cell for s in swaps):
+    for cell in in_order(s.cell for s in swaps):
         arms = arms_in_order(s.arm for s in swaps if s.cell == cell)
         found = []
         for arm in arms:
@@ -268,8 +254,8 @@ def _swap_rows(swaps: Sequence[Swap], resamples: int) -> list[SwapRow]:
                 }
                 overall = compare(other, own, resamples=resamples)
                 found.append(SwapRow(arm, cell, part, overall, by_site))
-        family = _adjusted({(r.arm, r.part): r.over_sites for r in found})
-        sites = _adjusted({(r.arm, r.part, s): c for r in found for s, c in r.at_sites.items()})
+        family = in_family({(r.arm, r.part): r.over_sites for r in found})
+        sites = in_family({(r.arm, r.part, s): c for r in found for s, c in r.at_sites.items()})
         rows += [
             replace(
                 r,
