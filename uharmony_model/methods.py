@@ -12,6 +12,8 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Any, Literal
 
+from uharmony_model.unlabelled_settings import Rule
+
 
 class Part(StrEnum):
     """What a tensor of the model is, decided by the type of the module that owns it."""
@@ -51,6 +53,8 @@ class Method:
     site spends its steps: all alike, with a pull to the global weights, on the last block first
     and then on the rest, or on a model of its own beside the shared one. `server` says what
     becomes of the mean update. `pooled`: all cases in one place, which no hospital can run.
+    `unlabelled` is the rule by which cases without labels are learned from; None leaves it to the
+    study, which says `none` where it says nothing.
     """
 
     meaning: str
@@ -61,6 +65,7 @@ class Method:
     settings: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     training: Literal["plain", "proximal", "alternating", "twin"] = "plain"
     server: Literal["mean", "adam"] = "mean"
+    unlabelled: Rule | None = None
 
     @property
     def harmonized(self) -> bool:
@@ -79,6 +84,18 @@ class Method:
 
 
 _REVIN = MappingProxyType({"stage2": "revin", "residuals": (), "domain_dropout": 0.0})
+
+_UNLABELLED: dict[Rule, str] = {
+    "mean-teacher": "Mean Teacher (Tarvainen & Valpola 2017, arXiv:1703.01780)",
+    "fixmatch": "FixMatch (Sohn et al. 2020, arXiv:2001.07685)",
+    "entropy-min": "entropy minimisation (Grandvalet & Bengio 2005)",
+    "ust-run": "UST-RUN (after Ma et al. 2025, arXiv:2505.24567)",
+    "glua": "Global-Local Union Alignment (after the abstract of Su et al. 2022, arXiv:2205.11888)",
+}
+_PLACES: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("", "all cases in one place", {"local": EVERYTHING, "pooled": True}),
+    ("-fed", "federated", {}),
+)
 
 METHODS: dict[str, Method] = {
     "local": Method("each site alone", local=EVERYTHING),
@@ -152,5 +169,23 @@ METHODS: dict[str, Method] = {
     "uharmony": Method("harmonisation layer; the residuals stay local", "harmonic", RESIDUALS),
     "uharmony-averaged": Method(
         "as uharmony, but the residuals are shared and averaged: a control", norm="harmonic"
+    ),
+    "labelled-only": Method(
+        "labelled cases alone, in one place", local=EVERYTHING, pooled=True, unlabelled="none"
+    ),
+    "labelled-only-fed": Method(
+        "FedAvg of the sites with labels; the others receive", unlabelled="none"
+    ),
+    **{
+        f"{rule}{suffix}": Method(f"{meaning}, {where}", unlabelled=rule, **settings)
+        for rule, meaning in _UNLABELLED.items()
+        for suffix, where, settings in _PLACES
+    },
+    "adabn": Method(
+        "source model whose BatchNorm statistics are the target's own (Li et al. 2016, "
+        "arXiv:1603.04779)",
+        norm="batch",
+        local=frozenset({Part.NORM_STATISTICS}),
+        unlabelled="adabn",
     ),
 }

@@ -55,6 +55,7 @@ def build_network(study: Study, domains: Sequence[str], *, seed: int) -> Segment
         model = SegmentationNetwork(built, domains=domains, multiple=multiple)
     model.places = {f"network.{path}": Place.FIRST_BLOCK for path in backbone.stages(levels)[0]}
     model.places[f"network.{backbone.head}"] = Place.LAST_BLOCK
+    model.deepest = f"network.{backbone.stages(levels)[-1][-1]}"
     return model
 
 

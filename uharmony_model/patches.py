@@ -51,6 +51,28 @@ class StoredVolume(Protocol):
 
 
 @dataclass(frozen=True)
+class _Unlabelled:
+    """A volume whose label is not looked at: background everywhere, and nothing to aim at."""
+
+    image: npt.NDArray[np.float32]
+    present: Sequence[bool]
+    spacing_mm: tuple[float, float, float]
+
+    @property
+    def label(self) -> npt.NDArray[np.uint8]:
+        return np.broadcast_to(np.uint8(0), self.image.shape[1:])
+
+    @property
+    def foreground(self) -> npt.NDArray[np.int32]:
+        return np.empty((0, 4), dtype=np.int32)
+
+
+def without_label(volume: StoredVolume) -> StoredVolume:
+    """The same volume as an unlabelled case: its patches lie anywhere, their labels are zero."""
+    return _Unlabelled(volume.image, volume.present, volume.spacing_mm)
+
+
+@dataclass(frozen=True)
 class PatchPlan:
     """Where a patch lies: the case, and its first voxel, negative where the volume is smaller."""
 

@@ -17,11 +17,13 @@ class SegmentationNetwork(nn.Module):
 
     `domains` are those of the site that uses it. `multiple` is the product of the backbone's
     strides, when it is known: a volume's edges must be multiples of it. `places` says by path where
-    the first and the last block lie, for methods that keep one of them.
+    the first and the last block lie, for methods that keep one of them; `deepest` is the path of
+    the module that ends the encoder, empty where there is none to be named.
     """
 
     kept_norms: tuple[str, ...] = ()
     places: Mapping[str, Place] = MappingProxyType({})
+    deepest: str = ""
 
     def __init__(
         self, network: nn.Module, *, domains: Sequence[str] = (), multiple: int | None = None

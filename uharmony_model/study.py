@@ -21,6 +21,7 @@ from uharmony_model.methods import METHODS, Method, Part
 from uharmony_model.network_settings import Harmonization, Network, Residual
 from uharmony_model.task import Name, Task
 from uharmony_model.training_settings import Finale, Training
+from uharmony_model.unlabelled_settings import Rule, Statistic, Unlabelled
 
 _RESIDUAL_PARTS: dict[Residual, Part] = {
     "phi": Part.PHI,
@@ -45,6 +46,7 @@ class Study(Frozen):
     codec: Codec = Codec()
     evaluation: Evaluation = Evaluation()
     publication: Publication = Publication()
+    unlabelled: Unlabelled = Unlabelled()
 
     @field_validator("method")
     @classmethod
@@ -114,18 +116,46 @@ class Study(Frozen):
         return frozenset(found | {_RESIDUAL_PARTS[name] for name in settings.residuals})
 
     @property
+    def rule(self) -> Rule:
+        """How cases without labels are learned from: the method's rule, or else the study's."""
+        own = self.plan.unlabelled
+        return self.unlabelled.rule if own is None else own
+
+    @property
+    def statistics(self) -> tuple[Statistic, ...]:
+        """What sites are asked to share of their domains, under their own policies.
+
+        None is needed where all cases lie in one place.
+        """
+        if self.plan.pooled:
+            return ()
+        style = self.unlabelled.amplitude != "off"
+        if self.rule == "ust-run":
+            return ("amplitude",) if style else ()
+        if self.rule == "glua":
+            return ("amplitude", "prototypes") if style else ("prototypes",)
+        return ()
+
+    @property
     def asks(self) -> tuple[str, ...]:
-        """What leaves a site as named values: metrics, `cases` as the weight, the mean `loss`."""
+        """What leaves a site as named values: metrics, `cases` as the weight, the mean `loss`.
+
+        Where cases without labels are learned from, `taught` is the share of their voxels that
+        taught something.
+        """
         weight = ("cases",) if self.federation.weighting == "cases" else ()
-        return (*self.evaluation.metrics, *weight, "loss")
+        taught = ("taught",) if self.rule != "none" and not self.plan.pooled else ()
+        return (*self.evaluation.metrics, *weight, "loss", *taught)
 
     def canonical_json(self) -> str:
         """Keys in their declared order, no spaces: equal studies give equal text.
 
         Sorting would hide the order of the classes, which is the order of the outputs. A study
-        that asks for no publication says nothing of it, as before there was any.
+        that asks for no publication, or has no cases without labels, says nothing of it, as before
+        there was any.
         """
-        silent = {"publication"} if self.publication == Publication() else None
+        silent = {"publication"} if self.publication == Publication() else set()
+        silent |= {"unlabelled"} if self.unlabelled == Unlabelled() else set()
         content = self.model_dump(mode="json", exclude=silent)
         return json.dumps(content, separators=(",", ":"))
 

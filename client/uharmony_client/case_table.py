@@ -130,6 +130,22 @@ class CaseTable(Frozen):
             )
         )
 
+    def with_unlabelled(self) -> CaseTable:
+        """Cases without a label in the training split, where their patient is in no other one."""
+        others = {
+            (case.site, case.patient) for case in self.cases if case.split not in (None, "train")
+        }
+        return CaseTable(
+            cases=tuple(
+                case.model_copy(update={"split": "train"})
+                if case.label is None
+                and case.split is None
+                and (case.site, case.patient) not in others
+                else case
+                for case in self.cases
+            )
+        )
+
     @classmethod
     def read_csv(cls, path: Path, *, site: str = "site") -> CaseTable:
         """Read a table; `site` is the default of its site column.

@@ -90,7 +90,7 @@ def dry_run(site: Site, steps: int | None = None) -> DryRun:
             codec=study.codec.up,
             schema=schema,
             values={
-                **update_values(len(data.volumes), result.loss, study, policy),
+                **update_values(data.cases, result.loss, study, policy, share=result.share),
                 STARTED_FROM: 0,
             },
             flat=apply_policy(result.update, policy),

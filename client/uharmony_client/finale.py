@@ -68,13 +68,13 @@ def play_finale(
     `carried` is what the site has after the last round, `key` names the finale as the round after
     it; `alone` gives the model that the site trained without anybody. A finished candidate is kept
     on disk (see `clear_shelf`), so an interruption costs steps of one. Where none of the study's
-    candidates can be made, the federated model is kept.
+    candidates can be made, as at a site without labels, the federated model is kept.
 
     Raises:
         TrainingError: a loss is not finite.
         StoreError: the disk is full.
     """
-    names = set(site.study.finale.candidates)
+    names = set(site.study.finale.candidates) if site.training_data().volumes else set()
     federated = model_state(network, partition, shared, carried)
     made: dict[Name, State] = {"federated": federated}
     ways: tuple[Name, ...] = ("own", "whole")
@@ -95,6 +95,9 @@ def play_finale(
     if "local" in names and alone is not None:
         found["local"] = alone()
     found = found or {"federated": Candidate(network, method, federated)}
+    if len(found) == 1:  # nothing to choose, and a site without labels has nothing to choose by
+        (kept,) = found
+        return Choice(kept, found[kept], {})
     by_case = {name: _validation(model, site) for name, model in found.items()}
     kept = choose(by_case, site.study.finale.choice)
     return Choice(kept, found[kept], {name: mean(dice) for name, dice in by_case.items()})

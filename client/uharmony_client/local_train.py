@@ -10,15 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
+from uharmony_client.learning import NOTHING, Given, objective_of
 from uharmony_client.optimizer import make_optimizer, moments, restore_moments
 from uharmony_client.personal import (
+    UNLABELLED,
     as_personal,
     by_name,
     from_names,
     local_parameters,
     personal_part,
+    unlabelled_part,
 )
 from uharmony_client.step_checkpoint import StepCheckpoint
 from uharmony_client.training_steps import LocalData, Pull, StepListener, cosine, run_steps
@@ -31,11 +35,15 @@ from uharmony_model.study import Study
 
 @dataclass(frozen=True)
 class RoundResult:
-    """`update` is the flat float32 delta of the shared tensors; `local` never leaves the site."""
+    """`update` is the flat float32 delta of the shared tensors; `local` never leaves the site.
+
+    `share` is how much of what was seen taught something, in [0, 1]; 0 where nothing was trained.
+    """
 
     update: Tensor
     local: dict[str, Tensor]
     loss: float
+    share: float = 1.0
 
 
 def train_round(
@@ -47,12 +55,15 @@ def train_round(
     base: Tensor,
     before: Mapping[str, Tensor],
     round_: int,
+    given: Given = NOTHING,
     on_step: StepListener | None = None,
     checkpoint: StepCheckpoint | None = None,
 ) -> RoundResult:
     """Train `study.training.local_steps` steps from the global weights `base (n,)`.
 
-    With a `checkpoint` an interrupted round goes on from the last step that was kept.
+    `given` is what the federation gives beside them. A site with nothing to learn from leaves the
+    weights as they are. With a `checkpoint` an interrupted round goes on from the last step that
+    was kept.
 
     Raises:
         TrainingError: the loss is not finite; the round leaves nothing behind.
@@ -63,14 +74,18 @@ def train_round(
     optimizer = make_optimizer(network, training)
     if training.keep_optimizer:
         restore_moments(optimizer, network, before)
+    objective = objective_of(data, study, given)
+    if objective is None:
+        return RoundResult(torch.zeros_like(base), dict(before), 0.0, share=0.0)
+    objective.restore(unlabelled_part(before))
     unfinished = None
     # The end of the round is kept as its generation, so a short round costs nothing here.
     if checkpoint is not None and training.local_steps > checkpoint.every:
-        unfinished = checkpoint.of(network, optimizer, before)
+        unfinished = checkpoint.of(network, optimizer, before, objective)
     loss = run_steps(
         network,
         optimizer,
-        data,
+        objective,
         study,
         round_=round_,
         count=training.local_steps,
@@ -85,10 +100,11 @@ def train_round(
     update = flatten(trained, partition.shared_schema).sub_(base)
     if training.keep_optimizer:
         local = {**local, **moments(optimizer, network)}
+    local |= as_personal(objective.outlives(), UNLABELLED)
     local = {key: tensor.clone() for key, tensor in local.items()}
     if study.plan.training == "twin":
         local |= as_personal(_train_twin(network, data, study, partition, shared, before, round_))
-    return RoundResult(update, local, loss)
+    return RoundResult(update, local, loss, objective.share)
 
 
 def learning_rate(study: Study, step: int) -> float:

@@ -59,6 +59,9 @@ class Objective(Protocol):
     def restore(self, carried: Carried) -> None:
         """Put that back."""
 
+    def outlives(self) -> Carried:
+        """What of it is carried into the next round."""
+
     @property
     def share(self) -> float:
         """How much of what it saw taught it something, in [0, 1]: part of the update's weight."""
@@ -100,6 +103,10 @@ class Supervised:
 
     def restore(self, carried: Carried) -> None:
         """Nothing to put back."""
+
+    def outlives(self) -> Carried:
+        """Nothing."""
+        return {}
 
 
 def on_device(

@@ -5,6 +5,7 @@ optimizer/MOMENT/...        moments of its optimiser
 personal/KEY[@DOMAIN]       a whole model of the site's own (Ditto, or after the finale)
 personal/optimizer/...      moments of that one
 alone/KEY                   the model trained without anybody, where the finale chose it
+unlabelled/...              teacher and queue of learning without labels
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from uharmony_client.optimizer import PREFIX
 from uharmony_model.exchange.partition import Partition
 from uharmony_model.methods import EVERYTHING
 
-PERSONAL, ALONE = "personal/", "alone/"
+PERSONAL, ALONE, UNLABELLED = "personal/", "alone/", "unlabelled/"
 METHOD_ALONE = "local"  # the method of a model trained without anybody
 
 
 def local_parameters(carried: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The local parameters of the federated model."""
-    return {k: v for k, v in carried.items() if not k.startswith((PREFIX, PERSONAL, ALONE))}
+    others = (PREFIX, PERSONAL, ALONE, UNLABELLED)
+    return {k: v for k, v in carried.items() if not k.startswith(others)}
 
 
 def own_model(carried: Mapping[str, Tensor], method: str) -> tuple[dict[str, Tensor], str] | None:
@@ -38,6 +40,12 @@ def own_model(carried: Mapping[str, Tensor], method: str) -> tuple[dict[str, Ten
 def personal_part(carried: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A model of the site's own with its moments, without the prefix; empty where there is none."""
     return {k.removeprefix(PERSONAL): v for k, v in carried.items() if k.startswith(PERSONAL)}
+
+
+def unlabelled_part(carried: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What an objective for unlabelled cases carries, without the prefix."""
+    own = {k: v for k, v in carried.items() if k.startswith(UNLABELLED)}
+    return {k.removeprefix(UNLABELLED): v for k, v in own.items()}
 
 
 def as_personal(tensors: Mapping[str, Tensor], prefix: str = PERSONAL) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # a command that only reads site.yaml need not load torch
 
     from uharmony_model.exchange.payload import Value
 
-CASES, LOSS, N_CASES = "cases", "loss", "n_cases"
+CASES, LOSS, TAUGHT, N_CASES = "cases", "loss", "taught", "n_cases"
 # Beside what `metrics` names: the number of a round, which says nothing about patients, and which
 # model a site kept at the end, which its validation patients decided. That is one of five words,
 # and it leaves also where all their means are withheld.
@@ -33,7 +33,7 @@ STARTED_FROM, KEPT = "started_from", "kept"
 # What an allowed metric brings with it: its interval.
 _WITH = {"dice": ("dice_low", "dice_high")}
 
-ValueName = Metric | Literal["cases", "loss"]
+ValueName = Metric | Literal["cases", "loss", "taught"]
 # Phi and the residuals describe the site's own scanner; no policy lets them leave in an update.
 Shareable = Literal[Part.BACKBONE, Part.NORM_AFFINE, Part.NORM_STATISTICS, Part.POLYNOMIAL]
 SHAREABLE: tuple[Shareable, ...] = get_args(Shareable)
@@ -44,8 +44,10 @@ class Policy(Frozen):
 
     `clip_norm` bounds the L2 norm of an update (None leaves it). `share` names the parts of the
     model that may leave, `metrics` the named values: metrics, `cases` (the number of training
-    cases, as the weight of an update) and `loss`. A mean that leaves always brings the number of
-    cases it is over. Counts below `min_cases` leave as `<11`; 1 switches that off.
+    cases, as the weight of an update), `loss`, and `taught` (the share of voxels of cases without
+    labels that taught something, a factor of that weight; 0 where a site trained nothing). A mean
+    that leaves always brings the number of cases it is over. Counts below `min_cases` leave as
+    `<11`; 1 switches that off.
     `publish` names what may be published at the end, where a study asks for it: `experts` (the
     residuals of each domain) and `prototypes` (its mean descriptor with noise). A site that names
     nothing publishes nothing, and takes part all the same.
@@ -54,7 +56,7 @@ class Policy(Frozen):
 
     clip_norm: PositiveFloat | None = None
     share: tuple[Shareable, ...] = SHAREABLE
-    metrics: tuple[ValueName, ...] = (*METRICS, "cases", "loss")
+    metrics: tuple[ValueName, ...] = (*METRICS, "cases", "loss", "taught")
     min_cases: Annotated[int, Field(ge=1, le=9999)] = 11
     publish: tuple[Publishable, ...] = ()
     allow_rollback: bool = False
@@ -133,13 +135,13 @@ def apply_policy(update: Tensor, policy: Policy) -> Tensor:
 def allowed_values(values: Mapping[str, Value], policy: Policy) -> Mapping[str, Value]:
     """The same values; a second look at the names, after everything that made them.
 
-    A name is `cases`, `loss`, `started_from` or `kept` (always allowed: the number of a round, the
-    name of a candidate), or `split/site/domain/class/metric`.
+    A name is `cases`, `loss`, `taught`, `started_from` or `kept` (always allowed: the number of a
+    round, the name of a candidate), or `split/site/domain/class/metric`.
 
     Raises:
         ExchangeError: a name is not on the policy's list; nothing is dropped silently.
     """
-    single = {STARTED_FROM} | ({CASES, LOSS} & set(policy.metrics))
+    single = {STARTED_FROM} | ({CASES, LOSS, TAUGHT} & set(policy.metrics))
     means = _mean_names(policy.metrics)
     for name, value in values.items():
         parts = name.split("/")

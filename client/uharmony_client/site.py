@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -13,13 +13,14 @@ from uharmony_client.case_table import Case, CaseTable
 from uharmony_client.check.quarantine import load_quarantine, require_enough, without_quarantined
 from uharmony_client.device import choose_device
 from uharmony_client.local_store import LocalStore
+from uharmony_client.objective import LocalData
 from uharmony_client.readers import read_cases
-from uharmony_client.site_config import SiteConfig, load_cases
-from uharmony_client.training_steps import LocalData
+from uharmony_client.site_config import Labels, SiteConfig, load_cases
 from uharmony_client.volume_store import VolumeStore
 from uharmony_model.errors import DataError
 from uharmony_model.evaluation_settings import Split
-from uharmony_model.patches import StoredVolume
+from uharmony_model.patches import StoredVolume, without_label
+from uharmony_model.randomness import numpy_generator
 from uharmony_model.study import Study
 
 Opened = Callable[[str, int, int], None]
@@ -37,6 +38,7 @@ class Site:
     store: LocalStore
     device: torch.device
     quarantined: int = 0
+    labels: Mapping[str, Labels] = field(default_factory=dict)
 
     @classmethod
     def open(
@@ -45,12 +47,14 @@ class Site:
         study: Study,
         *,
         own_cases_only: bool = True,
+        labels: Mapping[str, Labels] | None = None,
         on_case: Opened | None = None,
     ) -> Site:
         """Read the case table, split it by patient, and preprocess what is not yet preprocessed.
 
         `own_cases_only=False` takes the cases of every site in the table: pooled training. Cases
-        that `check` has put into quarantine are left out; the splits of the others stay.
+        that `check` has put into quarantine are left out; the splits of the others stay. `labels`
+        says by site which labels are trained on, where cases of several are taken.
 
         Raises:
             DataError: a case cannot be used, or nothing is left to train on.
@@ -59,6 +63,8 @@ class Site:
         config.annotates(study.task)
         cases = load_cases(config) if own_cases_only else read_cases(config.cases)
         table = cases.with_splits(study.evaluation, study.split_seed)
+        if study.rule != "none":
+            table = table.with_unlabelled()
         held = load_quarantine(config.store, study.digest)
         require_enough(table, held)
         whole, table = table, without_quarantined(table, held)
@@ -79,6 +85,7 @@ class Site:
             store=LocalStore(config.store / "generations" / study.digest),
             device=choose_device(config.resources.device),
             quarantined=len(whole.cases) - len(table.cases),
+            labels=labels or dict.fromkeys(table.sites, config.labels),
         )
 
     @property
@@ -109,14 +116,33 @@ class Site:
         return self.table.of(split=split).cases
 
     def training_data(self) -> LocalData:
-        """The training split as a round takes it."""
-        cases = self.split("train")
+        """The training split as a round takes it: cases with a label, and those without."""
+        cases, taught = self.split("train"), self._labelled()
+        labelled = [case for case in cases if case.case in taught]
+        rest = [case for case in cases if case.case not in taught]
         return LocalData(
             site=self.name,
-            volumes=[self.volumes[case.case] for case in cases],
-            domains=[self.domains.index(case.domain) for case in cases],
+            volumes=[self.volumes[case.case] for case in labelled],
+            domains=[self.domains.index(case.domain) for case in labelled],
             annotated=self.annotated,
+            unlabelled=[without_label(self.volumes[case.case]) for case in rest],
+            unlabelled_domains=[self.domains.index(case.domain) for case in rest],
         )
+
+    def _labelled(self) -> frozenset[str]:
+        """The training cases whose labels are there and may be used."""
+        found: set[str] = set()
+        for name in self.table.sites:
+            cases = [case for case in self.split("train") if case.site == name]
+            may = self.labels.get(name, "all")
+            patients = sorted({case.patient for case in cases})
+            if may == "none":
+                continue
+            if may != "all":
+                draw = numpy_generator(self.study.split_seed, name, "labelled")
+                patients = [patients[i] for i in draw.permutation(len(patients))[:may]]
+            found |= {case.case for case in cases if case.patient in patients}
+        return frozenset(name for name in found if self.volumes[name].label is not None)
 
     def with_study(self, study: Study) -> Site:
         """The same opened data under another arm of the same study (same task, same splits)."""

@@ -18,6 +18,7 @@ from uharmony_model.task import Name, Task
 DeviceName = Literal["auto", "cpu", "cuda"]
 LabelValue = Annotated[int, Field(ge=0, le=65535)]
 StudyValue = Annotated[int, Field(ge=0, le=255)]
+Labels = Literal["all", "none"] | PositiveInt
 
 
 class Resources(Frozen):
@@ -37,6 +38,8 @@ class SiteConfig(Frozen):
     """One site. `cases` is a table or a folder, `store` is where everything of its own is kept.
 
     `volumes` is where prepared volumes are kept (None: in the store); several studies may share it.
+    `labels` says whose labels are trained on: `all`, `none`, or those of so many training patients,
+    which the study's split seed chooses; without its label a case is one to learn from unlabelled.
     `annotated` names the study's classes that this site draws (None: all of them).
     `missing` names the study's modalities that this site does not have or does not give: where the
     study takes presence masks (`task.presence`), a channel of theirs counts as not there.
@@ -48,6 +51,7 @@ class SiteConfig(Frozen):
     cases: Path
     store: Path
     volumes: Path | None = None
+    labels: Labels = "all"
     annotated: Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
     missing: tuple[Name, ...] = ()
     modality_map: dict[str, Name] = Field(default_factory=dict)

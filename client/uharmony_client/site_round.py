@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from uharmony_client.evaluate import CaseRow, evaluate_split, save_rows, summarise
 from uharmony_client.finale import Candidate, Choice, State, clear_shelf, play_finale
+from uharmony_client.learning import NOTHING, Given
 from uharmony_client.local_store import RoundKey
 from uharmony_client.local_train import train_round
 from uharmony_client.personal import ALONE, PERSONAL, as_personal, by_name, model_state
@@ -49,9 +50,16 @@ class Bench:
 
 
 def round_update(
-    site: Site, bench: Bench, round_: int, *, on_step: StepListener | None = None
+    site: Site,
+    bench: Bench,
+    round_: int,
+    *,
+    given: Given = NOTHING,
+    on_step: StepListener | None = None,
 ) -> bytes:
     """The update of a round: from the site's store when it is there, else trained and stored.
+
+    `given` is what the federation gives for the round beside its weights.
 
     Raises:
         ExchangeError: the site has done a later round and does not allow to go back.
@@ -73,10 +81,11 @@ def round_update(
         base=bench.weights,
         before=initial_local(study, site.domains) if before is None else before,
         round_=round_,
+        given=given,
         on_step=on_step,
         checkpoint=StepCheckpoint(store.folder, key, site.config.resources.checkpoint_steps),
     )
-    values = update_values(len(data.volumes), result.loss, study, policy)
+    values = update_values(data.cases, result.loss, study, policy, share=result.share)
     update = encode(
         kind=Kind.UPDATE,
         study=study.digest,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from uharmony_client.policy import CASES, LOSS, Policy
+from uharmony_client.policy import CASES, LOSS, TAUGHT, Policy
 from uharmony_model.exchange.payload import Value
 from uharmony_model.study import Study
 
@@ -31,14 +31,18 @@ def shown_count(count: int, least: int, *, hidden: bool = False) -> int | str:
     return f"<{least}" if hidden or count < least else count
 
 
-def update_values(cases: int, loss: float, study: Study, policy: Policy) -> dict[str, Value]:
+def update_values(
+    cases: int, loss: float, study: Study, policy: Policy, *, share: float = 1.0
+) -> dict[str, Value]:
     """The named values of an update made on `cases` training cases.
 
     The weight is the number where the study weighs by cases and the number may leave, else
     `equal`. The loss is a mean over steps on these cases, so the same threshold holds for it.
+    `share`, a factor of the weight, leaves as `taught` where it is not 1, in hundredths.
     """
     enough = cases >= policy.min_cases
-    return {
+    factor: dict[str, Value] = {} if share == 1 else {TAUGHT: round(share, 2)}
+    return factor | {
         CASES: cases if enough and CASES in study.asks else EQUAL,
         LOSS: loss if enough else None,
     }

@@ -42,6 +42,9 @@ from uharmony_model.prototypes import noise_deviation
 
 CASES = "cases"  # the manifest value with the number of training cases
 STARTED_FROM = "started_from"  # the round whose outcome the site's own parameters come from
+TAUGHT = (
+    "taught"  # a factor of the weight in [0, 1]: how much of what a site saw taught it something
+)
 EQUAL = "equal"  # in place of the number of cases, where a site does not tell how many it has
 _BLOCK = 1 << 16
 _MAX_DETAIL = 300
@@ -109,7 +112,7 @@ class Admitted:
     """An update that counts: its delta `(n,)`, read-only, and the weight it asks for.
 
     `cases` is None where the site does not tell it. `started_from` is the round whose outcome the
-    site's own parameters come from, 0 for none.
+    site's own parameters come from, 0 for none. `taught` is a factor of the weight, in [0, 1].
     """
 
     site: str
@@ -118,6 +121,7 @@ class Admitted:
     norm: float
     bytes: int
     started_from: int = 0
+    taught: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -165,6 +169,11 @@ def admit(buffer: object, expected: Expected) -> Admitted | Refusal:
             RefusalReason.WRONG_ROUND,
             f"{STARTED_FROM} is {started!r}, expected a round before {expected.round}",
         )
+    taught = manifest.values.get(TAUGHT, 1.0)
+    if isinstance(taught, str) or taught is None or not 0 <= taught <= 1:
+        return refuse(
+            RefusalReason.BAD_CASE_COUNT, f"{TAUGHT} is {taught!r:.40}, expected a number in [0, 1]"
+        )
     norm = _norm(flat)
     if not math.isfinite(norm):
         return refuse(RefusalReason.NOT_FINITE, "the update holds NaN or infinite numbers")
@@ -174,7 +183,7 @@ def admit(buffer: object, expected: Expected) -> Admitted | Refusal:
             f"norm {norm:.4g} exceeds {expected.norm_limit:.4g}, set by the rounds before",
         )
     told = cases if type(cases) is int else None
-    return Admitted(expected.site, told, flat, norm, _size(buffer), started)
+    return Admitted(expected.site, told, flat, norm, _size(buffer), started, float(taught))
 
 
 def admit_metrics(buffer: object, expected: Expected) -> AdmittedMetrics | Refusal:

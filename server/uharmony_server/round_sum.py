@@ -20,14 +20,16 @@ GROUP = 2  # admitted updates that are held at once; the sum does not depend on 
 class RoundSum:
     """`base + sum_k w_k delta_k / sum_k w_k` over the updates that are taken, in their order.
 
-    `by_cases` says whether `w_k` is the number of cases, or 1. `norms` are those of the updates by
-    site, `cases` their numbers; `bytes` is what they weighed on the wire; `started_from` are the
+    `by_cases` says whether `w_k` is the number of cases, or 1; either is times what a site's cases
+    taught it. `norms` are those of the updates by site, `lengths` those of the ones with a weight;
+    `cases` are their numbers, `bytes` is what they weighed on the wire; `started_from` are the
     (round, site) pairs of the outcomes they were trained from; `unsaid` are the sites that hide
     their number of cases without having said so.
     """
 
     def __init__(self, study: Study, round_: int, numel: int, *, by_cases: bool) -> None:
         self.norms: dict[str, float] = {}
+        self.lengths: list[float] = []
         self.cases: dict[str, int] = {}
         self.bytes = 0
         self.started_from: set[tuple[int, str]] = set()
@@ -44,6 +46,7 @@ class RoundSum:
             reason = RefusalReason.BAD_CASE_COUNT
             return Refusal(site=site, round=self._round, reason=reason, detail=detail)
         self.norms[site] = update.norm
+        self.lengths += [update.norm] if update.taught else []
         # A site with a hidden number has one case at least; nothing else is known.
         self.cases[site] = update.cases or 1
         if update.started_from:
@@ -81,7 +84,7 @@ class RoundSum:
 
     def _add(self) -> None:
         weights = [
-            float(update.cases) if self._by_cases and update.cases is not None else 1.0
+            update.taught * (update.cases if self._by_cases and update.cases is not None else 1)
             for update in self._group
         ]
         self._sum.add([update.flat for update in self._group], weights)

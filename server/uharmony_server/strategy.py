@@ -119,7 +119,7 @@ class HarmonyStrategy(Strategy):
             round=server_round,
             global_=weights,
             momentum=momentum,
-            norms=(*self.state.norms, *total.norms.values()),
+            norms=(*self.state.norms, *total.lengths),
             bytes_up=(*self.state.bytes_up, total.bytes),
             counted=(*self.state.counted, tuple(sorted(total.norms))),
             uncounted=tuple(sorted({*self.state.uncounted, *in_vain})),

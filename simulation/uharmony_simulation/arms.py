@@ -15,7 +15,7 @@ from flwr.serverapp import Grid
 from uharmony_client.case_figures import draw_site_cases
 from uharmony_client.flower_app import OnStep, make_client_app
 from uharmony_client.site import Opened, Site
-from uharmony_client.site_config import load_site
+from uharmony_client.site_config import Labels, load_site
 from uharmony_client.site_models import site_entry, site_network
 from uharmony_client.workbench import carried_after
 from uharmony_model.atomic import write_atomic
@@ -92,6 +92,7 @@ class SiteOpener:
         study = self._arm.study
         decided = (study.evaluation, study.task)
         made_by = (study.split_seed, *(part.model_dump_json() for part in decided))
+        made_by += ("unlabelled",) if study.rule != "none" else ()
         store = self._stores and self._stores / name
         key = (self._folder / name, store, self._machine.device, *made_by)
         if key not in _OPENED:
@@ -100,8 +101,20 @@ class SiteOpener:
             changes = {"resources": resources, "store": store or config.store}
             config = config.model_copy(update=changes)
             own = name != POOLED
-            _OPENED[key] = Site.open(config, self._arm.study, own_cases_only=own, on_case=on_case)
+            _OPENED[key] = Site.open(
+                config,
+                study,
+                own_cases_only=own,
+                labels=None if own else self._labels(),
+                on_case=on_case,
+            )
         return _OPENED[key].with_study(self._arm.study)
+
+    def _labels(self) -> dict[str, Labels]:
+        """Whose labels may be learned from, by site: where all cases lie together it holds too."""
+        files = sorted(self._folder.glob("*/site.yaml"))
+        sites = [load_site(path) for path in files if path.parent.name != POOLED]
+        return {site.name: site.labels for site in sites}
 
     def open_all(self, on_case: Opened) -> None:
         """Open every site of the arm, which prepares volumes that are not prepared yet."""

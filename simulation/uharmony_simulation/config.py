@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
+from uharmony_client.site_config import Labels
 from uharmony_model.frozen import Frozen
 from uharmony_model.task import Name
 from uharmony_simulation.scanners import EFFECTS, Effect
@@ -39,8 +40,9 @@ class SiteOptions(Frozen):
     """What some sites do not have; a site that is not named has everything.
 
     `annotated` names the classes that a site draws: of the others its labels say nothing. `missing`
-    names the modalities that it does not give (`task.presence` in the study). Both stand in the
-    site's own site.yaml; volumes and labels are not copied for it.
+    names the modalities that it does not give (`task.presence` in the study). `labels` says of how
+    many training patients a site may learn from labels (`none`: of nobody); its other labels are
+    there to measure by. All stand in the site's own site.yaml; nothing is copied for it.
     """
 
     annotated: dict[Name, Annotated[tuple[Name, ...], Field(min_length=1)]] = Field(
@@ -49,6 +51,7 @@ class SiteOptions(Frozen):
     missing: dict[Name, Annotated[tuple[Name, ...], Field(min_length=1)]] = Field(
         default_factory=dict
     )
+    labels: dict[Name, Labels] = Field(default_factory=dict)
 
 
 class AnatomySource(SiteOptions):

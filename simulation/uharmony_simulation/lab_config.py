@@ -51,7 +51,11 @@ class LabArm(Frozen):
 
 
 class Cell(Frozen):
-    """The conditions of one comparison. `sites` and `cases` are None where the data decide."""
+    """The conditions of one comparison. `sites` and `cases` are None where the data decide.
+
+    `labelled` is the number of training patients whose labels are learned from, all of them at the
+    first site; None: everybody's.
+    """
 
     shift: Kind = "none"
     strength: Strength = 1.0
@@ -60,6 +64,7 @@ class Cell(Frozen):
     imbalance: Annotated[float, Field(ge=1)] = 1.0
     labels_lost: WholeShare = 0.0
     modalities_lost: WholeShare = 0.0
+    labelled: PositiveInt | None = None
     dropout: Share = 0.0
     without: Name | None = None
 
@@ -74,9 +79,8 @@ class Cell(Frozen):
         words: list[str] = [self.shift]
         if self.shift != "none":
             words = [f"{self.shift}-{self.strength:g}"]
-        for field in ("sites", "cases", "imbalance", "labels_lost", "modalities_lost", "dropout"):
-            value = getattr(self, field)
-            if value != type(self).model_fields[field].default:
+        for field, default in _WORDS.items():
+            if (value := getattr(self, field)) != default:
                 words.append(f"{field.replace('_lost', '-lost')}-{value:g}")
         words += [f"without-{self.without}"] if self.without else []
         return "_".join(words)
@@ -84,14 +88,27 @@ class Cell(Frozen):
     @property
     def title(self) -> str:
         """The same for people: the shift with its strength, then the rest."""
-        return ", ".join(
-            word.replace("-", " ", 1) if i else self._shift
-            for i, word in enumerate(self.name.split("_"))
-        )
+        words = [self._shift]
+        for field, default in _WORDS.items():
+            if (value := getattr(self, field)) != default:
+                words.append(f"{field.replace('_', ' ')} {value:g}")
+        return ", ".join(words + ([f"without {self.without}"] if self.without else []))
 
     @property
     def _shift(self) -> str:
         return self.shift if self.shift == "none" else f"{self.shift} {self.strength:g}"
+
+
+# What a cell's name says after its shift, where it is not this.
+_WORDS: dict[str, float | None] = {
+    "sites": None,
+    "cases": None,
+    "imbalance": 1.0,
+    "labels_lost": 0.0,
+    "modalities_lost": 0.0,
+    "labelled": None,
+    "dropout": 0.0,
+}
 
 
 class Grid(Frozen):
@@ -104,6 +121,7 @@ class Grid(Frozen):
     imbalance: tuple[Annotated[float, Field(ge=1)], ...] = (1.0,)
     labels_lost: tuple[WholeShare, ...] = (0.0,)
     modalities_lost: tuple[WholeShare, ...] = (0.0,)
+    labelled: tuple[PositiveInt | None, ...] = (None,)
     dropout: tuple[Share, ...] = (0.0,)
     without: tuple[Name | None, ...] = (None,)
 
@@ -222,6 +240,9 @@ def conditions(simulation: Simulation, study: Study, cell: Cell) -> Simulation:
     if cell.shift != "none":
         changes["scanners"] = dict(_scanners(cell, names))
     changes |= _losses(study, cell, names)
+    if cell.labelled is not None:
+        first, *others = names
+        changes["labels"] = {first: cell.labelled, **dict.fromkeys(others, "none")}
     content = {**source.model_dump(), **changes}
     return Simulation.model_validate({"source": content})
 

@@ -1,5 +1,7 @@
 """What some simulated sites do not draw or do not have, as a hospital would say it in site.yaml.
 
+Few labels or none: the site says so, and what other labels it has are there to measure by.
+
 Label loss: the site names the classes it annotates, and its `label_map` makes background of every
 other label value, so that volumes and labels stay where they lie. The other classes are then
 neither learned from nor measured at that site. Modality loss: the site declares a modality missing,
@@ -26,20 +28,21 @@ def site_options(
     Raises:
         ConfigError: a site, class or modality is unknown, or a site would be left with nothing.
     """
-    for name in ("annotated", "missing"):
+    for name in ("annotated", "missing", "labels"):
         unknown = sorted(set(getattr(source, name)) - set(sites))
         if unknown:
             raise ConfigError(
                 f"simulation.source.{name} names {unknown}; the sites are {sorted(sites)}"
             )
     options: dict[str, dict[str, Any]] = {}
-    for site in sorted(set(source.annotated) | set(source.missing)):
+    for site in sorted({*source.annotated, *source.missing, *source.labels}):
         here = SiteConfig(
             name=site,
             cases=Path("cases.csv"),
             store=Path("store"),
             annotated=source.annotated.get(site),
             missing=source.missing.get(site, ()),
+            labels=source.labels.get(site, "all"),
         )
         here.lacks(task)
         drawn = here.label_values(task)
@@ -48,6 +51,7 @@ def site_options(
             "annotated": list(here.annotated or ()),
             "label_map": dict.fromkeys(sorted(every - drawn), 0),
             "missing": list(here.missing),
+            "labels": "" if here.labels == "all" else here.labels,
         }
         options[site] = {key: value for key, value in content.items() if value}
     return options

@@ -1,0 +1,53 @@
+"""Which objective a site trains by, from the study's rule and from what the site has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from uharmony_client.alignment_objective import Alignment
+from uharmony_client.objective import LocalData, Objective, Supervised
+from uharmony_client.semi_supervised import (
+    AdaptiveStatistics,
+    EntropyMin,
+    FixMatch,
+    MeanTeacher,
+    SemiSupervised,
+)
+from uharmony_client.ust_run import UstRun
+from uharmony_model.alignment.prototype_gap import Prototypes
+from uharmony_model.study import Study
+from uharmony_model.unlabelled_settings import Rule
+
+_PLAIN: dict[Rule, type[SemiSupervised]] = {
+    "mean-teacher": MeanTeacher,
+    "fixmatch": FixMatch,
+    "entropy-min": EntropyMin,
+    "adabn": AdaptiveStatistics,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """What the federation gives for a round beside its weights: styles, class prototypes."""
+
+    styles: tuple[Tensor, ...] = ()
+    prototypes: Prototypes | None = None
+
+
+NOTHING = Given()
+
+
+def objective_of(data: LocalData, study: Study, given: Given = NOTHING) -> Objective | None:
+    """The objective of a site's round; None where it has nothing that the study learns from."""
+    rule = study.rule
+    if rule == "none":
+        return Supervised(data, study) if data.volumes else None
+    if not data.cases:
+        return None
+    if rule == "ust-run":
+        return UstRun(data, study, given.styles)
+    if rule == "glua":
+        return Alignment(data, study, given.styles, given.prototypes)
+    return _PLAIN[rule](data, study)
