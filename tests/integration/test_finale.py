@@ -11,7 +11,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 from rich.console import Console
 from torch import Tensor
 
-from tests.support.tiny import tiny_study, write_folder, write_study
+from tests.support.tiny import ARMS, tiny_study, write_folder, write_study
 from uharmony_client import finale
 from uharmony_client.evaluate import evaluate_split
 from uharmony_client.flower_app import make_client_app
@@ -175,7 +175,7 @@ def test_killed_in_the_finale_it_ends_as_if_nothing_had_been(undisturbed, tmp_pa
         assert same(run.kept(site), wanted.kept(site))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ARMS)
 def test_every_method_has_a_finale(tmp_path, sites, method):
     study = study_of(method, rounds=1, steps=1)
     if METHODS[method].backbone is not None:
@@ -186,7 +186,7 @@ def test_every_method_has_a_finale(tmp_path, sites, method):
     run = Run(sites, tmp_path, study)
     state = run()
     assert [(r.site, r.detail) for r in state.refusals] == []
-    assert state.at_home == (("pooled",) if "pooled" in method else SITES)
+    assert state.at_home == (("pooled",) if METHODS[method].pooled else SITES)
     home = [r for r in records_of(state) if r.kept is not None]
     assert {(r.site, r.column) for r in home} == {(site, f"{method} +home") for site in SITES}
 

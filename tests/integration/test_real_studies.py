@@ -9,9 +9,8 @@ import nibabel as nib
 import pytest
 import yaml
 
-from tests.support.tiny import command, simulate
+from tests.support.tiny import ARMS, command, simulate
 from uharmony_client.predict import app as predict
-from uharmony_model.methods import METHODS
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SITES = {"hippocampus": {"f_200k", "f_500", "u8_range"}, "sarcoma": {"CT", "MRT1", "PET"}}
@@ -25,16 +24,14 @@ def test_every_arm_runs_on_real_volumes(real_volumes, tmp_path, capsys, name):
     content["network"]["features"] = [4, 8, 16]
     content["simulation"]["source"]["cases_per_site"] = 4
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
-    arms = [word for arm in METHODS for word in ("--arm", arm)]
+    arms = [word for arm in ARMS for word in ("--arm", arm)]
     out, options = tmp_path / "out", ["--threads", "1", "--device", "cpu", *arms]
     data = real_volumes / name
     assert simulate(
         capsys, "run", tmp_path / "study.yaml", "--data", data, "--out", out, *options
     ) == (0, "")
     records = json.loads((out / "results.json").read_text())
-    assert {(r["arm"], r["site"]) for r in records} == {
-        (a, s) for a in METHODS for s in SITES[name]
-    }
+    assert {(r["arm"], r["site"]) for r in records} == {(a, s) for a in ARMS for s in SITES[name]}
     # The model of a site with one modality needs no word about it.
     site = sorted(SITES[name])[0]
     table = (out / "sites" / site / "cases.csv").read_text().splitlines()

@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, Context, Message
 
-from tests.support.tiny import CASES, command, simulate, write_folder, write_study
+from tests.support.tiny import ARMS, CASES, command, simulate, write_folder, write_study
 from uharmony_client.flower_app import make_client_app
 from uharmony_client.predict import app as predict
-from uharmony_model.methods import METHODS
 from uharmony_simulation.engine import site_of
 
 FIELDS = {
@@ -48,19 +47,19 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_all_arms_leave_what_the_readme_promises(home, capsys):
-    arms = [word for name in METHODS for word in ("--arm", name)]
+    arms = [word for name in ARMS for word in ("--arm", name)]
     assert start(capsys, home, "all", *arms) == (0, "")
     out = home / "all"
     records = json.loads((out / "results.json").read_text())
     assert all(set(record) == FIELDS for record in records)
     test = [r for r in records if r["split"] == "test"]
     assert {r["round"] for r in test} == {2}
-    assert {(r["arm"], r["site"]) for r in test} == {(a, s) for a in METHODS for s in CASES}
+    assert {(r["arm"], r["site"]) for r in test} == {(a, s) for a in ARMS for s in CASES}
     with (out / "cases.csv").open(newline="") as lines:
         rows = list(csv.DictReader(lines))
     assert {"arm", "seed", "case", "patient", "site", "class", "dice"} <= set(rows[0])
     # Every arm is measured on the same patients, and a mean is the mean of its cases.
-    tested = {arm: {r["patient"] for r in rows if r["arm"] == arm} for arm in METHODS}
+    tested = {arm: {r["patient"] for r in rows if r["arm"] == arm} for arm in ARMS}
     assert len({frozenset(found) for found in tested.values()}) == 1
     for record in test:
         dice = [
@@ -70,7 +69,7 @@ def test_all_arms_leave_what_the_readme_promises(home, capsys):
         ]
         assert record["dice"] == pytest.approx(np.mean(dice), abs=1e-6)
     page = (out / "report.html").read_text()
-    assert all(name in page for name in (*METHODS, *CASES))
+    assert all(name in page for name in (*ARMS, *CASES))
     assert not re.search(r'(src|href)="(?!data:|#)', page)
 
 

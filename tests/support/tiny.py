@@ -12,11 +12,14 @@ import pytest
 import yaml
 from typer import Typer
 
+from uharmony_model.methods import METHODS
 from uharmony_model.study import Study
 from uharmony_service.command_line import run
 from uharmony_simulation.app import app as simulation
 
 CASES = {"alpha": 5, "beta": 4, "gamma": 4}
+# The arms that learn from labels alone, and two of the others: each has tests of its own.
+ARMS = [name for name, method in METHODS.items() if method.unlabelled in (None, "glua")]
 
 
 def write_folder(folder: Path, cases: dict[str, int] | None = None, size: int = 16) -> Path:
