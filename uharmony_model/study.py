@@ -17,7 +17,7 @@ from pydantic import NonNegativeInt, field_validator, model_validator
 from uharmony_model.evaluation_settings import Evaluation
 from uharmony_model.exchange_settings import Codec, Federation, Publication
 from uharmony_model.frozen import Frozen, parse, read_yaml
-from uharmony_model.methods import METHODS, Method, Part
+from uharmony_model.methods import EVERYTHING, METHODS, Method, Part
 from uharmony_model.network_settings import Harmonization, Network, Residual
 from uharmony_model.task import Name, Task
 from uharmony_model.training_settings import Finale, Training
@@ -125,9 +125,9 @@ class Study(Frozen):
     def statistics(self) -> tuple[Statistic, ...]:
         """What sites are asked to share of their domains, under their own policies.
 
-        None is needed where all cases lie in one place.
+        None is needed where all cases lie in one place, or where nothing is shared.
         """
-        if self.plan.pooled:
+        if self.plan.local == EVERYTHING:
             return ()
         style = self.unlabelled.amplitude != "off"
         if self.rule == "ust-run":
@@ -144,7 +144,7 @@ class Study(Frozen):
         taught something.
         """
         weight = ("cases",) if self.federation.weighting == "cases" else ()
-        taught = ("taught",) if self.rule != "none" and not self.plan.pooled else ()
+        taught = ("taught",) if self.rule != "none" and self.plan.local != EVERYTHING else ()
         return (*self.evaluation.metrics, *weight, "loss", *taught)
 
     def canonical_json(self) -> str:

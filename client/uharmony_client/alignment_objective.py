@@ -4,7 +4,7 @@
     f', f  features of x' and of an unlabelled patch x_t, at the deepest level
     mu_c, var_c   of f' over the voxels of class c
     g      gap of f to the prototypes under p_t;  M = g / its 95 % quantile, at most 1 (local)
-    L      = L_seg(x) + L_seg(x') + weight * ramp * mean((1 + M) g) over confident places
+    L      = (L_seg(x) + L_seg(x')) / 2 + weight * ramp * mean((1 + M) g) over confident places
 
 After the abstract of Su et al. 2022 (arXiv:2205.11888), whose formulas are not public: this form,
 with amplitudes in the place of learned disentanglement and a mask from prototypes, is ours. In a
@@ -21,7 +21,6 @@ from torch.nn import functional as F
 
 from uharmony_client.objective import Carried, LocalData
 from uharmony_client.semi_supervised import SemiSupervised
-from uharmony_client.ust_run import half_width, style_floor
 from uharmony_model.alignment.feature_mask import mask_ramp
 from uharmony_model.alignment.prototype_gap import (
     Prototypes,
@@ -31,8 +30,9 @@ from uharmony_model.alignment.prototype_gap import (
 )
 from uharmony_model.features import deepest_features
 from uharmony_model.study import Study
-from uharmony_model.unlabelled.amplitude import low_amplitude, mix_amplitude, mixing_ratio
+from uharmony_model.unlabelled.amplitude import low_amplitude
 from uharmony_model.unlabelled.pseudo_label import pseudo_label
+from uharmony_model.unlabelled.study_style import half_width, style_floor
 
 MEMORY = 0.95  # of the running prototypes of one place, a step
 _NAMES = ("mean", "variance", "voxels")
@@ -57,12 +57,12 @@ class Alignment(SemiSupervised):
         """L_seg on source patches and on the same in a target's style."""
         task = self.study.task
         image, label, domain = self.labelled(network, round_, step)
-        loss = self.supervised_on(network(image, domain, drop=drop), label)
         styled = self._styled(network, image, round_, step)
         with deepest_features(network) as seen:
             logits = network(image if styled is None else styled, domain, drop=drop)
+        loss = self.supervised_on(logits, label)
         if styled is not None:
-            loss = (loss + self.supervised_on(logits, label)) / 2
+            loss = (self.supervised_on(network(image, domain, drop=drop), label) + loss) / 2
         features = seen.features.detach()
         members = class_members(label, task, features.shape[2:], self.data.annotated)
         self._remember(PrototypeSum.of_patient([(features, members)]).prototypes(1, 1))
@@ -78,34 +78,33 @@ class Alignment(SemiSupervised):
         features = seen.features
         sure = pseudo_label(logits, task, self.settings.threshold)
         certain = sure.certain if sure.certain.ndim == 5 else sure.certain[:, None]
+        # Without prototypes nothing is learned. All logits take part, so that there is a gradient
+        # where the encoder rests.
+        nothing: Tensor = 0.0 * logits.sum()
+        if known is None or not bool(known.present.any()):
+            self.learned_from(0.0)
+            return nothing
         self.learned_from(sure.share)
-        if known is None:
-            return 0.0 * features.sum()
         probabilities = logits.sigmoid() if task.overlapping else logits.softmax(1)
         weights = _on_grid(probabilities, features)
         places = _on_grid(certain.float().amin(1, keepdim=True), features) >= 0.5
         strength = mask_ramp(self.progress(round_, step))
-        return alignment_loss(features, weights, known, places, strength=strength)
+        return nothing + alignment_loss(features, weights, known, places, strength=strength)
 
     def _styled(self, network: nn.Module, image: Tensor, round_: int, step: int) -> Tensor | None:
         """The same patches as a target would show them; None where no style is known."""
-        rule, task = self.settings.amplitude, self.study.task
-        if rule == "off":
+        task, floor = self.study.task, style_floor(self.study.task)
+        if self.settings.amplitude == "off":
             return None
-        shown = image[:, : task.channels]
         if self._styles:
             chosen = self.draws(round_, step, "style").integers(len(self._styles), size=len(image))
-            style = torch.stack([self._styles[i] for i in chosen]).to(image)
+            style = torch.stack([self._styles[i] for i in chosen])
         elif self.data.unlabelled:
             other, _ = self.unlabelled(network, round_, step)
-            width, floor = half_width(self.study), style_floor(task)
-            style = low_amplitude(other[:, : task.channels], width, floor=floor)
+            style = low_amplitude(other[:, : task.channels], half_width(self.study), floor=floor)
         else:
             return None
-        progress = 1.0 if rule == "full" else self.progress(round_, step)
-        ratio = mixing_ratio(self.draws(round_, step, "ratio"), progress, len(image)).to(image)
-        changed = mix_amplitude(shown, style, ratio, floor=style_floor(task))
-        return torch.cat((changed, image[:, task.channels :]), 1)
+        return self.in_style(image, style, round_, step, floor=floor)
 
     def _remember(self, new: Prototypes) -> None:
         """Running prototypes; a class that the batch lacks keeps what it had."""

@@ -1,6 +1,7 @@
 """Whether an instruction is one that the hospital approved, before any work is done.
 
-It approved one study: so many rounds, what is measured after each, the finale, the publication.
+It approved one study: so many rounds, what is measured after each, the finale, the publication,
+and the statistics that sites share.
 """
 
 from __future__ import annotations
@@ -31,12 +32,13 @@ def approved_order(text: str, study: Study, action: str) -> Instruction:
 
 
 def require_approved(order: Instruction, study: Study) -> None:
-    """The hospital approved so many rounds, and what is measured after each.
+    """The hospital approved so many rounds, what is measured after each, and the statistics.
 
     Raises:
-        ExchangeError: the order asks for another round, or for other measurements.
+        ExchangeError: the order asks for another round, for other measurements or statistics.
     """
     rounds = study.training.rounds
+    _require_statistics(order, study)
     if order.action == "finale" and (order.round != rounds + 1 or not study.finale.steps):
         raise ExchangeError(
             f"asked for a finale as round {order.round}; approved are {study.finale.steps} steps "
@@ -58,3 +60,15 @@ def require_approved(order: Instruction, study: Study) -> None:
                 f"asked to measure {', '.join(order.splits) or 'nothing'} after round "
                 f"{order.round}; approved is {', '.join(due) or 'nothing'}"
             )
+
+
+def _require_statistics(order: Instruction, study: Study) -> None:
+    """They are asked for and given with a round, each once, and only those that the study names."""
+    due = study.statistics if order.action == "train" else ()
+    asked, named = order.statistics, ", ".join(due) or "none"
+    if not set(asked) <= set(due) or len(set(asked)) != len(asked):
+        raise ExchangeError(
+            f"asked for statistics {', '.join(asked)} with {order.action}; approved is {named}"
+        )
+    if order.given and not due:
+        raise ExchangeError(f"statistics are given with {order.action}; approved is {named}")

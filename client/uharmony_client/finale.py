@@ -95,9 +95,8 @@ def play_finale(
     if "local" in names and alone is not None:
         found["local"] = alone()
     found = found or {"federated": Candidate(network, method, federated)}
-    if len(found) == 1:  # nothing to choose, and a site without labels has nothing to choose by
-        (kept,) = found
-        return Choice(kept, found[kept], {})
+    if not names:  # what such a site could choose by are labels that may not be used
+        return Choice("federated", found["federated"], {})
     by_case = {name: _validation(model, site) for name, model in found.items()}
     kept = choose(by_case, site.study.finale.choice)
     return Choice(kept, found[kept], {name: mean(dice) for name, dice in by_case.items()})

@@ -1,8 +1,8 @@
 """The site's file that speaks Flower: instructions in, one payload out.
 
-Six questions are answered: `hello` (who are you, what did you agree to), `train` (one round),
-`evaluate`, `finale` (the site's own last steps), `publish` (what the site gives away, if it does),
-and `finish`. The server sends data, never code.
+Six questions are answered: `hello` (who are you, what did you agree to), `train` (one round, and
+the statistics that the site gives), `evaluate`, `finale` (the site's own last steps), `publish`
+(what the site gives away, if it does), and `finish`. The server sends data, never code.
 What a site cannot do it says with a reason, in an answer of its own kind; the federation goes on
 without it. A full disk or memory is no answer: the process ends, is started again, and is asked
 again.
@@ -36,10 +36,12 @@ from uharmony_client.site_round import (
     round_update,
 )
 from uharmony_client.small_cells import EQUAL, update_values
+from uharmony_client.statistics import given_of, statistics_answer
 from uharmony_client.workbench import Workbench
 from uharmony_model.errors import ExchangeError, StoreError
 from uharmony_model.exchange.hello import Hello
 from uharmony_model.exchange.instruction import Instruction, Receipt
+from uharmony_model.exchange.statistics import StatisticsForm
 from uharmony_model.schedule import (
     finale_round,
 )
@@ -72,6 +74,16 @@ class _Desk:
     listeners: Listeners
     bench: Workbench = field(default_factory=Workbench)
     receipt: Receipt | None = None
+    forms: dict[str, StatisticsForm] = field(default_factory=dict)
+
+    def form(self, site: Site, bench: Bench) -> StatisticsForm:
+        """What the statistics of a site's study look like."""
+        study = site.study
+        if not study.statistics:
+            return StatisticsForm()
+        if study.digest not in self.forms:
+            self.forms[study.digest] = StatisticsForm.of(study, bench.network)
+        return self.forms[study.digest]
 
 
 def make_client_app(
@@ -144,10 +156,19 @@ def _finish(
 def _train(
     desk: _Desk, site: Site, out: Outgoing, order: Instruction, message: Message
 ) -> RecordDict:
-    """The site's round."""
+    """The site's round, with what sites gave before it; and what this one gives, if it is asked."""
     bench = _bench(desk, site, order, message)
-    update = round_update(site, bench, order.round, on_step=_listener(desk, site, order.round))
-    return _carried(out.payload(update, bench.partition.shared_schema))
+    form = desk.form(site, bench)
+    given = given_of(_statistics_of(message), order, site.study, form)
+    on_step = _listener(desk, site, order.round)
+    update = round_update(site, bench, order.round, given=given, on_step=on_step)
+    content = _carried(out.payload(update, bench.partition.shared_schema))
+    if order.statistics:
+        answer = statistics_answer(site, bench, order, form, out)
+        for what, data in answer.payloads.items():
+            content[what] = ArrayRecord({"payload": _array(data)})
+        content["statistics"] = ConfigRecord({"json": answer.text})
+    return content
 
 
 def _evaluate(
@@ -209,6 +230,11 @@ def _payload_of(message: Message) -> bytes:
         return message.content.array_records["payload"]["payload"].data
     except KeyError:
         raise ExchangeError("a message without a payload; send the weights") from None
+
+
+def _statistics_of(message: Message) -> bytes | None:
+    record = message.content.array_records.get("statistics")
+    return None if record is None else record["payload"].data
 
 
 def _carried(data: bytes) -> RecordDict:

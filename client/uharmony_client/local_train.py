@@ -102,7 +102,7 @@ def train_round(
         local = {**local, **moments(optimizer, network)}
     local |= as_personal(objective.outlives(), UNLABELLED)
     local = {key: tensor.clone() for key, tensor in local.items()}
-    if study.plan.training == "twin":
+    if study.plan.training == "twin" and data.volumes:  # it learns from labels alone
         local |= as_personal(_train_twin(network, data, study, partition, shared, before, round_))
     return RoundResult(update, local, loss, objective.share)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from uharmony_client.ledger import Ledger, tensor_facts
 from uharmony_client.policy import KEPT, Policy, allowed_values
+from uharmony_model.alignment.prototype_gap import check_prototypes
 from uharmony_model.errors import ExchangeError
 from uharmony_model.exchange.payload import (
     Kind,
@@ -23,8 +24,10 @@ from uharmony_model.exchange.payload import (
     open_payload,
 )
 from uharmony_model.exchange.published import DELTA, EPSILON, KINDS, PROTOTYPE, patients_of
-from uharmony_model.exchange.schema import Schema
+from uharmony_model.exchange.schema import Schema, unflatten
+from uharmony_model.exchange.statistics import LEAST_PATIENTS, patients_told, statistic_of
 from uharmony_model.prototypes import MAX_RELEASED, MIN_PATIENTS
+from uharmony_model.unlabelled.style_average import AMPLITUDE, check_style
 
 MAX_TEXT = 65536
 _ROUNDING = 1.01  # bf16 rounds each number by up to 1/256 of it, after the norm was clipped
@@ -38,7 +41,7 @@ class Outgoing:
         self.ledger, self.policy, self._to = ledger, policy, to
 
     def payload(self, data: bytes, schema: Schema | None) -> bytes:
-        """An update or a release of this schema, or metrics (no schema), as it is sent.
+        """An update, a release, a statistic (of a schema) or metrics (of none), as it is sent.
 
         Raises:
             ExchangeError: it is damaged, of another kind, or holds what the policy keeps here.
@@ -53,6 +56,9 @@ class Outgoing:
         elif manifest.kind in KINDS.values() and schema is not None:
             flat = decode_body(manifest, opened.body, schema)
             values = _checked_release(manifest, flat, schema, self.policy)
+        elif manifest.kind is Kind.STATISTICS and schema is not None:
+            flat = decode_body(manifest, opened.body, schema)
+            values = _checked_statistic(manifest, flat, schema, self.policy)
         elif manifest.kind is Kind.METRICS and schema is None:
             flat = decode_body(manifest, opened.body, None)
             values = _checked(manifest.values, manifest.kind, self.policy)
@@ -60,7 +66,8 @@ class Outgoing:
             raise ExchangeError(
                 f"a payload of kind {manifest.kind.value} "
                 f"{'without' if schema is None else 'with'} tensors may not leave; "
-                "an update or a release (with its schema) and metrics (without tensors) may"
+                "an update, a release or a statistic (with its schema) and metrics (without "
+                "tensors) may"
             )
         if self.ledger is not None:
             self.ledger.append(
@@ -156,4 +163,30 @@ def _checked_release(
                 f"prototypes of {max(sizes)} numbers, epsilon {epsilon!r:.40}, delta "
                 f"{delta!r:.40} may not leave; at most {MAX_RELEASED}, 1 and 1/patients may"
             )
+    return manifest.values
+
+
+def _checked_statistic(
+    manifest: Manifest, flat: Tensor, schema: Schema, policy: Policy
+) -> Mapping[str, Value]:
+    """A statistic: allowed by name, of enough patients, and such as every receiver takes.
+
+    Raises:
+        ExchangeError: the policy does not name it, or it is not what it says.
+    """
+    what = statistic_of(schema)
+    if what is None or what not in policy.statistics:
+        raise ExchangeError(f"{what or 'this'} may not leave: policy.statistics does not name it")
+    patients, least = patients_told(manifest.values), max(LEAST_PATIENTS, policy.min_cases)
+    if patients < least:
+        raise ExchangeError(
+            f"{what} of {patients} patients may not leave, expected {least} or more"
+        )
+    tensors = unflatten(flat, schema)
+    if what == "prototypes":
+        classes, channels = tensors["mean"].shape
+        check_prototypes(tensors, classes, channels)
+    else:
+        channels, side = tensors[AMPLITUDE].shape[:2]
+        check_style(tensors[AMPLITUDE], channels, side // 2)
     return manifest.values

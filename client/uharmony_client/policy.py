@@ -19,6 +19,7 @@ from uharmony_model.methods import Part
 from uharmony_model.schedule import publication_due
 from uharmony_model.study import Study
 from uharmony_model.training_settings import CANDIDATES
+from uharmony_model.unlabelled_settings import Statistic
 
 if TYPE_CHECKING:  # a command that only reads site.yaml need not load torch
     from torch import Tensor
@@ -50,7 +51,9 @@ class Policy(Frozen):
     `<11`; 1 switches that off.
     `publish` names what may be published at the end, where a study asks for it: `experts` (the
     residuals of each domain) and `prototypes` (its mean descriptor with noise). A site that names
-    nothing publishes nothing, and takes part all the same.
+    nothing publishes nothing, and takes part all the same. `statistics` names in the same way what
+    others may learn with: `amplitude` (the mean style of the training patients) and `prototypes`
+    (means and variances of features by class).
     `allow_rollback` lets the coordinator go back to a round that this site has passed.
     """
 
@@ -59,9 +62,10 @@ class Policy(Frozen):
     metrics: tuple[ValueName, ...] = (*METRICS, "cases", "loss", "taught")
     min_cases: Annotated[int, Field(ge=1, le=9999)] = 11
     publish: tuple[Publishable, ...] = ()
+    statistics: tuple[Statistic, ...] = ()
     allow_rollback: bool = False
 
-    @field_validator("share", "metrics", "publish")
+    @field_validator("share", "metrics", "publish", "statistics")
     @classmethod
     def _each_once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         if len(set(names)) != len(names):
@@ -107,6 +111,34 @@ def publication_view(policy: Policy, study: Study) -> str:
             if what in policy.publish
             else f"no {what}, policy.publish does not name them"
         )
+    return "; ".join(said)
+
+
+def least_patients(policy: Policy, study: Study) -> int:
+    """Of fewer training patients this site gives no statistic."""
+    return max(study.unlabelled.min_patients, policy.min_cases)
+
+
+def statistics_view(policy: Policy, study: Study) -> str:
+    """What would be given while training: what the study asks for, and what this site allows."""
+    # Where nothing of the model leaves a site, nothing else does either.
+    asked = study.statistics
+    if not asked:
+        return "nothing, the study does not ask for it"
+    how = {
+        "amplitude": "a mean style of {} training patients or more, once",
+        "prototypes": (
+            "prototypes of classes that {} labelled training patients or more have, in every round"
+        ),
+    }
+    least = least_patients(policy, study)
+    said = [
+        f"{how[what].format(least)}, without any privacy claim"
+        if what in policy.statistics
+        else f"no {what}, policy.statistics does not name "
+        + ("it" if what == "amplitude" else "them")
+        for what in asked
+    ]
     return "; ".join(said)
 
 

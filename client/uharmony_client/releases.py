@@ -15,8 +15,10 @@ from uharmony_model.atomic import make_directory, write_atomic
 from uharmony_model.errors import PayloadError, StoreError
 from uharmony_model.exchange.payload import Manifest, read_manifest
 from uharmony_model.exchange_settings import Publishable
+from uharmony_model.unlabelled_settings import Statistic
 
 PLACE = Path("ledger") / "releases"
+Released = Publishable | Statistic
 
 
 class Releases:
@@ -25,7 +27,7 @@ class Releases:
     def __init__(self, store: Path, study: str) -> None:
         self._study, self._folder = study, store / PLACE / study
 
-    def get(self, what: Publishable, *, max_bytes: int) -> tuple[bytes, Manifest] | None:
+    def get(self, what: Released, *, max_bytes: int) -> tuple[bytes, Manifest] | None:
         """What was released, with its manifest; None when nothing was.
 
         Raises:
@@ -47,7 +49,7 @@ class Releases:
             raise StoreError(f"{path}: was released for study {manifest.study[:12]}; restore it")
         return data, manifest
 
-    def keep(self, what: Publishable, data: bytes) -> None:
+    def keep(self, what: Released, data: bytes) -> None:
         """Keep a release, before it is sent.
 
         Raises:
@@ -59,5 +61,5 @@ class Releases:
         make_directory(path.parent)
         write_atomic(path, data)
 
-    def _path(self, what: Publishable) -> Path:
+    def _path(self, what: Released) -> Path:
         return self._folder / f"{what}.bin"

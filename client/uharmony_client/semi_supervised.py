@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from uharmony_client.objective import Carried, LocalData, Supervised, on_device
 from uharmony_client.personal import by_name, from_names
-from uharmony_model.errors import StoreError, TrainingError
+from uharmony_model.errors import PartitionError, StoreError, TrainingError
 from uharmony_model.losses import segmentation_loss
 from uharmony_model.patches import draw_batch
 from uharmony_model.randomness import numpy_generator
 from uharmony_model.study import Study
+from uharmony_model.unlabelled.amplitude import low_amplitude, mix_amplitude, mixing_ratio
 from uharmony_model.unlabelled.masked_loss import consistency_loss, entropy_loss, masked_loss
 from uharmony_model.unlabelled.pseudo_label import PseudoLabel, pseudo_label
 from uharmony_model.unlabelled.strong import strong_change
@@ -109,13 +110,32 @@ class SemiSupervised:
         found[:, :channels] = strong_change(image[:, :channels].cpu(), draws).to(image.device)
         return found
 
+    def in_style(
+        self, image: Tensor, style: Tensor, round_: int, step: int, *, floor: float
+    ) -> Tensor:
+        """`image (B, C, D, H, W)` with its low amplitudes mixed with `style (B, C, ...)`.
+
+        Masks of presence stay. A style without any amplitude beside the mean is that of a channel
+        that shows nothing, an absent modality: there the image keeps its own.
+        """
+        channels, middle = self.study.task.channels, style.shape[-1] // 2
+        shown, style = image[:, :channels], style.to(image)
+        own = low_amplitude(shown, middle, floor=floor)
+        varying = style.clone()
+        varying[..., middle, middle, middle] = 0
+        shows = varying.amax((2, 3, 4), keepdim=True) > 0
+        progress = 1.0 if self.settings.amplitude == "full" else self.progress(round_, step)
+        ratio = mixing_ratio(self.draws(round_, step, "ratio"), progress, len(image)).to(image)
+        changed = mix_amplitude(shown, torch.where(shows, style, own), ratio, floor=floor)
+        return torch.cat((changed, image[:, channels:]), 1)
+
     def supervised_on(self, logits: Tensor, label: Tensor) -> Tensor:
         """The segmentation loss over the classes that the site annotates."""
         annotated = self.data.annotated.to(label.device)
         return segmentation_loss(logits, label, self.study.task, annotated)
 
     def progress(self, round_: int, step: int) -> float:
-        """T / T in [0, 1]; the steps at home after the last round are at its end."""
+        """How far all training is, t / T in [0, 1]; the steps at home are at its end."""
         training = self.study.training
         done = (round_ - 1) * training.local_steps + step
         return min(done / (training.rounds * training.local_steps), 1.0)
@@ -165,7 +185,7 @@ class WithTeacher(SemiSupervised):
             if self._kept:
                 try:
                     self._teacher.load_state_dict(from_names(self._teacher, self._kept))
-                except (KeyError, RuntimeError) as error:
+                except (PartitionError, RuntimeError) as error:
                     raise StoreError(f"site {self.site}: the kept teacher: {error}") from None
             self._teacher.train()  # as in the published code of UST-RUN
         return self._teacher
@@ -177,7 +197,9 @@ class WithTeacher(SemiSupervised):
         return pseudo_label(logits, self.study.task, self.settings.threshold)
 
     def moved(self, network: nn.Module, round_: int, step: int) -> None:
-        """Let the teacher follow."""
+        """Let the teacher follow, where it has somebody to teach."""
+        if not self.data.unlabelled:
+            return
         done = (round_ - 1) * self.study.training.local_steps + step
         move_teacher(self.teacher(network), network, self.settings.teacher_decay, done)
 

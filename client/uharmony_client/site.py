@@ -135,7 +135,8 @@ class Site:
         for name in self.table.sites:
             cases = [case for case in self.split("train") if case.site == name]
             may = self.labels.get(name, "all")
-            patients = sorted({case.patient for case in cases})
+            # Of those who have a label: the same ones, whether a rule takes the others or not.
+            patients = sorted({case.patient for case in cases if case.label is not None})
             if may == "none":
                 continue
             if may != "all":

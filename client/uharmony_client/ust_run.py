@@ -1,21 +1,23 @@
 """UST-RUN at one site or in one place: copy-paste, style mixing, guidance, the reliable queue.
 
-    x_l    labelled patch, its low amplitudes mixed with another style (TP-RAM)
-    x_u    unlabelled patch, weak view; y_u the teacher's label of it
+    x_l    labelled patch;   x'_l the same, its low amplitudes mixed with another style (TP-RAM)
+    x_u    unlabelled patch, weak view;   s_u its strong view;   y_u the teacher's label of x_u
     M      a random box
-    x_ul = x_u (1 - M) + x_l M        x_lu = x_l (1 - M) + x_u M        labels mixed alike
-    y_w  = the teacher's labels of x_ul and x_lu where the unlabelled image shows, kept where sure
-           and equal to y_u
-    L    = L_sup(x_l) + lambda (L(x_ul) + L(x_lu) + lambda L(strong x_u, y_w))
+    student   s_u (1 - M) + x'_l M     x'_l (1 - M) + s_u M      labels mixed alike: x_ul, x_lu
+    teacher   x_u (1 - M) + x_l M      x_l (1 - M) + x_u M       its labels where x_u shows: y_w,
+                                                                 kept where sure and equal to y_u
+    L      = L_sup(x_l) + lambda (L(x_ul) + L(x_lu) + lambda L(s_u, y_w))
 
-After Ma et al. 2024 (arXiv:2404.08951) and 2025 (arXiv:2505.24567). Ours: the 3D form; styles that
-other sites gave in place of the batch's own; at a site without labels the reliable queue is what
-is pasted, and while it is empty only the strong view is learned from.
+The hardest unlabelled patch of the step before is one more sample of x_ul: with its label of then,
+and a labelled patch in the box around both foregrounds. After Ma et al. 2024 (arXiv:2404.08951)
+and 2025 (arXiv:2505.24567), as published. Ours: the 3D form; styles that other sites gave in place
+of the batch's own, and L_sup on x'_l at a site that has nothing to paste into; at a site without
+labels the reliable queue is what is pasted, and while it is empty only s_u is learned from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,20 +28,16 @@ from uharmony_client.semi_supervised import WithTeacher
 from uharmony_model.presence import input_channels
 from uharmony_model.study import Study
 from uharmony_model.targets import to_masks, to_targets
-from uharmony_model.task import Task
-from uharmony_model.unlabelled.amplitude import (
-    amplitude_half_width,
-    low_amplitude,
-    mix_amplitude,
-    mixing_ratio,
-)
+from uharmony_model.unlabelled.amplitude import low_amplitude
 from uharmony_model.unlabelled.copy_paste import draw_box, foreground_box, paste
 from uharmony_model.unlabelled.masked_loss import masked_loss
 from uharmony_model.unlabelled.pseudo_label import PseudoLabel, agreeing, known, pasted
 from uharmony_model.unlabelled.reliable import ReliableQueue, hardness
+from uharmony_model.unlabelled.study_style import half_width, style_floor
 from uharmony_model.unlabelled.teacher import ramp_up
 
 HARDEST = "hardest/"
+QUEUED_DOMAINS = "queue/domains"  # one for each entry: the queue itself knows of none
 # The source forces hardness to 1 in the first 500 of 30,000 steps.
 UNTRUSTED = 500 / 30_000
 
@@ -54,6 +52,35 @@ class _Sources:
     domain: Tensor
 
 
+@dataclass(frozen=True)
+class _Sample:
+    """Patches (B, C, D, H, W), what is believed of them, and their domains (B,)."""
+
+    image: Tensor
+    label: PseudoLabel
+    domain: Tensor
+
+    def to(self, device: torch.device) -> _Sample:
+        """The same on a device."""
+        label = PseudoLabel(self.label.label.to(device), self.label.certain.to(device))
+        return _Sample(self.image.to(device), label, self.domain.to(device))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By name, to be carried; `of` reads it again."""
+        return {
+            "image": self.image,
+            "label": self.label.label,
+            "certain": self.label.certain,
+            "domain": self.domain,
+        }
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> _Sample:
+        """From what was carried."""
+        label = PseudoLabel(tensors["label"], tensors["certain"])
+        return cls(tensors["image"], label, tensors["domain"])
+
+
 class UstRun(WithTeacher):
     """One step of UST-RUN; `styles (C, 2b+1, 2b+1, 2b+1)` are those that other sites gave."""
 
@@ -62,71 +89,61 @@ class UstRun(WithTeacher):
         self._styles = list(styles)
         self._size = study.training.patch
         self._queue: ReliableQueue | None = None
-        self._hardest: tuple[Tensor, Tensor] | None = None  # image (1, C, ...), domain (1,)
+        self._queued_domains = torch.empty(0, dtype=torch.int64)
+        self._hardest: _Sample | None = None  # on the CPU
 
     # --- labelled ------------------------------------------------------------------------------
 
     def labelled_loss(self, network: nn.Module, round_: int, step: int, *, drop: bool) -> Tensor:
-        """L_sup on labelled patches in mixed style."""
-        image, label, domain = self._labelled_mixed(network, round_, step)
+        """L_sup on labelled patches; in mixed style where no copy-paste shows it."""
+        image, label, domain = self.labelled(network, round_, step)
+        if not (self.data.unlabelled and self.settings.copy_paste):
+            image = self._mixed(network, image, round_, step)
         return self.supervised_on(network(image, domain, drop=drop), label)
 
-    def _labelled_mixed(
-        self, network: nn.Module, round_: int, step: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        image, label, domain = self.labelled(network, round_, step)
-        return self._mixed(network, image, round_, step), label, domain
-
     def _mixed(self, network: nn.Module, image: Tensor, round_: int, step: int) -> Tensor:
-        """TP-RAM: with the styles that were given, or those of the unlabelled cases beside."""
-        rule = self.settings.amplitude
-        style = None if rule == "off" else self._style(network, round_, step, len(image))
-        if style is None:
+        """TP-RAM: with the styles that were given, or those of the unlabelled patches beside."""
+        if self.settings.amplitude == "off":
             return image
-        progress = 1.0 if rule == "full" else self.progress(round_, step)
-        ratio = mixing_ratio(self.draws(round_, step, "ratio"), progress, len(image))
         channels, floor = self.study.task.channels, style_floor(self.study.task)
-        shown = image[:, :channels]
-        changed = mix_amplitude(shown, style.to(image), ratio.to(image), floor=floor)
-        return torch.cat((changed, image[:, channels:]), 1)
-
-    def _style(self, network: nn.Module, round_: int, step: int, count: int) -> Tensor | None:
         if self._styles:
             draw = self.draws(round_, step, "style")
-            return torch.stack(
-                [self._styles[i] for i in draw.integers(len(self._styles), size=count)]
-            )
-        if not self.data.unlabelled or not self.data.volumes:
-            return None
-        image, _ = self.unlabelled(network, round_, step)
-        width = half_width(self.study)
-        floor = style_floor(self.study.task)
-        return low_amplitude(image[:, : self.study.task.channels], width, floor=floor)
+            chosen = draw.integers(len(self._styles), size=len(image))
+            style = torch.stack([self._styles[i] for i in chosen])
+        elif self.data.unlabelled:
+            other, _ = self.unlabelled(network, round_, step)
+            style = low_amplitude(other[:, :channels], half_width(self.study), floor=floor)
+        else:
+            return image
+        return self.in_style(image, style, round_, step, floor=floor)
 
     # --- unlabelled ----------------------------------------------------------------------------
 
     def unlabelled_loss(self, network: nn.Module, round_: int, step: int, *, drop: bool) -> Tensor:
-        """L(x_ul) + L(x_lu) + lambda L(strong x_u)."""
+        """L(x_ul) + L(x_lu) + lambda L(s_u, y_w)."""
         task, settings = self.study.task, self.settings
-        image, domain = self._with_hardest(*self.unlabelled(network, round_, step))
+        image, domain = self.unlabelled(network, round_, step)
+        strong = self.strong(image, round_, step)
         direct = self.taught(network, image, domain)
         sources = self._sources(network, round_, step) if settings.copy_paste else None
         guide, total = direct, torch.zeros((), device=image.device)
         if sources is not None:
-            mask = self._boxes(direct, sources, round_, step).to(image.device)
-            x_ul, x_lu = paste(image, sources.image, mask), paste(sources.image, image, mask)
-            y_ul, y_lu = pasted(direct, sources.truth, mask), pasted(sources.truth, direct, mask)
-            total = masked_loss(network(x_ul, domain, drop=drop), y_ul, task)
-            total = total + masked_loss(network(x_lu, sources.domain, drop=drop), y_lu, task)
+            mask = self._boxes(len(image), round_, step).to(image.device)
             if settings.symmetric:
-                of_ul = self.taught(network, x_ul, domain)
-                of_lu = self.taught(network, x_lu, sources.domain)
+                of_ul = self.taught(network, paste(image, sources.image, mask), domain)
+                of_lu = self.taught(network, paste(sources.image, image, mask), sources.domain)
                 guide = agreeing(pasted(of_ul, of_lu, mask), direct, direct_certain=True)
+            styled = self._mixed(network, sources.image, round_, step)
+            into = _Sample(paste(strong, styled, mask), pasted(direct, sources.truth, mask), domain)
+            into = self._and_hardest(into, sources, round_, step)
+            of, y_lu = paste(styled, strong, mask), pasted(sources.truth, direct, mask)
+            total = masked_loss(network(into.image, into.domain, drop=drop), into.label, task)
+            total = total + masked_loss(network(of, sources.domain, drop=drop), y_lu, task)
         self.learned_from(guide.share)
-        strong = network(self.strong(image, round_, step), domain, drop=drop)
         weight = settings.weight * ramp_up(self.progress(round_, step))
+        loss = total + weight * masked_loss(network(strong, domain, drop=drop), guide, task)
         self._judge(network, image, domain, direct, round_, step)
-        return total + weight * masked_loss(strong, guide, task)
+        return loss
 
     def _sources(self, network: nn.Module, round_: int, step: int) -> _Sources | None:
         """Labelled patches, up to half of them from the queue; at a site without labels all."""
@@ -135,20 +152,19 @@ class UstRun(WithTeacher):
         held = self._reliable() if self.settings.queue and not task.overlapping else None
         draw = self.draws(round_, step, "queue")
         if self.data.volumes:
-            image, label, domain = self._labelled_mixed(network, round_, step)
-            half = count // 2 if held is not None else 0
-            taken, labels = held.draw(draw, half) if held is not None else (image[:0], label[:0])
-            if len(taken):
-                image, label = image.clone(), label.clone()
-                image[: len(taken)], label[: len(taken)] = taken.to(device), labels.to(device)
-            truth = self._truth(label, from_queue=len(taken))
-            return _Sources(image, label, truth, domain)
+            image, label, domain = self.labelled(network, round_, step)
+            order = [] if held is None else draw.permutation(len(held))[: count // 2].tolist()
+            if held is not None and order:
+                image, label, domain = image.clone(), label.clone(), domain.clone()
+                image[: len(order)] = held.images[order].to(device)
+                label[: len(order)] = held.labels[order].to(device)
+                domain[: len(order)] = self._queued_domains[order].to(device)
+            return _Sources(image, label, self._truth(label, from_queue=len(order)), domain)
         if held is None or not len(held):
             return None
-        order = [int(i) for i in draw.integers(len(held), size=count)]
+        order = draw.integers(len(held), size=count).tolist()
         image, label = held.images[order].to(device), held.labels[order].to(device)
-        # Whose domain a queued patch was is not kept; a site without labels mostly has one.
-        domain = torch.full((count,), self.data.unlabelled_domains[0], device=device)
+        domain = self._queued_domains[order].to(device)
         return _Sources(image, label, known(label, task), domain)
 
     def _truth(self, label: Tensor, *, from_queue: int) -> PseudoLabel:
@@ -164,26 +180,34 @@ class UstRun(WithTeacher):
             certain[:from_queue] = True
         return PseudoLabel(truth.label, certain)
 
-    def _boxes(self, direct: PseudoLabel, sources: _Sources, round_: int, step: int) -> Tensor:
-        """M (B, D, H, W): random; for the hardest sample the box around both foregrounds."""
-        task, masks = self.study.task, []
-        for sample in range(len(direct.label)):
-            draw = self.draws(round_, step, f"box-{sample}")
-            box = draw_box(draw, self._size)
-            if self._hardest is not None and sample == len(direct.label) - 1:
-                theirs = direct.masks(task)[sample].any(0).cpu()
-                ours = to_targets(sources.label[sample : sample + 1], task)[0].any(0).cpu()
-                box = foreground_box(ours, theirs) or box
-            masks.append(box.mask(self._size))
-        return torch.stack(masks)
+    def _boxes(self, count: int, round_: int, step: int) -> Tensor:
+        """M (B, D, H, W), a random box for each sample."""
+        draws = [self.draws(round_, step, f"box-{sample}") for sample in range(count)]
+        return torch.stack([draw_box(draw, self._size).mask(self._size) for draw in draws])
 
-    def _with_hardest(self, image: Tensor, domain: Tensor) -> tuple[Tensor, Tensor]:
-        """The hardest patch of the step before takes the last place of the batch."""
-        if self._hardest is None or not self.settings.hardest:
-            return image, domain
-        image, domain = image.clone(), domain.clone()
-        image[-1:], domain[-1:] = self._hardest[0].to(image), self._hardest[1].to(domain)
-        return image, domain
+    def _and_hardest(self, samples: _Sample, sources: _Sources, round_: int, step: int) -> _Sample:
+        """One sample more: the hardest of the step before, foreground to foreground."""
+        if self._hardest is None:
+            return samples
+        task, device = self.study.task, samples.image.device
+        draw = self.draws(round_, step, "hardest")
+        chosen = int(draw.integers(len(sources.image)))
+        one = slice(chosen, chosen + 1)
+        hard, label = self._hardest.to(device), sources.label[one]
+        box = foreground_box(
+            hard.label.masks(task)[0].any(0), to_targets(label, task)[0].any(0)
+        ) or draw_box(draw, self._size)
+        mask = box.mask(self._size)[None].to(device)
+        truth = PseudoLabel(sources.truth.label[one], sources.truth.certain[one])
+        target = pasted(hard.label, truth, mask)
+        return _Sample(
+            torch.cat((samples.image, paste(hard.image, sources.image[one], mask))),
+            PseudoLabel(
+                torch.cat((samples.label.label, target.label)),
+                torch.cat((samples.label.certain, target.certain)),
+            ),
+            torch.cat((samples.domain, hard.domain)),
+        )
 
     def _judge(
         self,
@@ -196,7 +220,7 @@ class UstRun(WithTeacher):
     ) -> None:
         """Offer what student and teacher agree on to the queue; remember what they do not."""
         settings, task = self.settings, self.study.task
-        if not (settings.queue or settings.hardest):
+        if not (settings.queue or settings.hardest) or not settings.copy_paste:
             return
         with torch.no_grad():
             masks = to_masks(network(image, domain), task)
@@ -205,10 +229,15 @@ class UstRun(WithTeacher):
             hard = torch.ones_like(hard)
         if settings.hardest:
             worst = int(hard.argmax())
-            self._hardest = (image[worst : worst + 1].cpu(), domain[worst : worst + 1].cpu())
+            one = slice(worst, worst + 1)
+            label = PseudoLabel(direct.label[one], direct.certain[one])
+            self._hardest = _Sample(image[one], label, domain[one]).to(torch.device("cpu"))
         if settings.queue and not task.overlapping:
-            values = direct.values(task).cpu()
-            self._queue = self._reliable().offer(image.cpu(), values, hard, together=True)
+            held, values = self._reliable(), direct.values(task).cpu()
+            entering = [i for i, h in enumerate(hard.tolist()) if h < held.threshold]
+            self._queue = held.offer(image.cpu(), values, hard, together=True)
+            domains = torch.cat((self._queued_domains, domain.cpu()[entering]))
+            self._queued_domains = domains[-held.capacity :]
 
     def _reliable(self) -> ReliableQueue:
         if self._queue is None:
@@ -226,16 +255,21 @@ class UstRun(WithTeacher):
         """Teacher, queue, and the hardest patch: patients' images, so they stay in the store."""
         found = dict(super().carried())
         if self._queue is not None:
-            found |= self._queue.tensors()
+            found |= {**self._queue.tensors(), QUEUED_DOMAINS: self._queued_domains}
         if self._hardest is not None:
-            found |= {f"{HARDEST}image": self._hardest[0], f"{HARDEST}domain": self._hardest[1]}
+            found |= {f"{HARDEST}{name}": v for name, v in self._hardest.tensors().items()}
         return found
 
     def restore(self, carried: Carried) -> None:
-        """Put them back."""
+        """Put them back.
+
+        Raises:
+            StoreError: the queue is damaged.
+        """
         super().restore(carried)
-        self._queue = self._hardest = None
-        if any(name.startswith("queue/") for name in carried):
+        self._queue, self._hardest = None, None
+        self._queued_domains = torch.empty(0, dtype=torch.int64)
+        if QUEUED_DOMAINS in carried:
             self._queue = ReliableQueue.of(
                 carried,
                 input_channels(self.study.task),
@@ -243,15 +277,8 @@ class UstRun(WithTeacher):
                 capacity=self.settings.queue_size,
                 ceiling=self.settings.queue_threshold,
             )
+            self._queued_domains = carried[QUEUED_DOMAINS]
         if f"{HARDEST}image" in carried:
-            self._hardest = (carried[f"{HARDEST}image"], carried[f"{HARDEST}domain"])
-
-
-def half_width(study: Study) -> int:
-    """The half-width of the low-frequency box, in bins."""
-    return study.unlabelled.half_width or amplitude_half_width(study.training.patch)
-
-
-def style_floor(task: Task) -> float:
-    """Below all means of a patch, so that its amplitude keeps the mean's sign."""
-    return -4.0 if any(p.policy == "zscore" for p in task.intensity.values()) else -1.0
+            self._hardest = _Sample.of(
+                {k.removeprefix(HARDEST): v for k, v in carried.items() if k.startswith(HARDEST)}
+            )

@@ -150,7 +150,7 @@ def norm_limit(past_norms: Sequence[float], bound: float) -> float | None:
 
 def admit(buffer: object, expected: Expected) -> Admitted | Refusal:
     """Check an update; nothing that a sender can put into the bytes raises an error."""
-    opened = _open(buffer, expected, Kind.UPDATE)
+    opened = open_expected(buffer, expected, Kind.UPDATE)
     if isinstance(opened, Refusal):
         return opened
     manifest, flat = opened
@@ -188,7 +188,7 @@ def admit(buffer: object, expected: Expected) -> Admitted | Refusal:
 
 def admit_metrics(buffer: object, expected: Expected) -> AdmittedMetrics | Refusal:
     """Check a site's metrics: they carry named values and no tensor. Never raises."""
-    opened = _open(buffer, replace(expected, schema=None, codec="fp32"), Kind.METRICS)
+    opened = open_expected(buffer, replace(expected, schema=None, codec="fp32"), Kind.METRICS)
     if isinstance(opened, Refusal):
         return opened
     return AdmittedMetrics(expected.site, opened[0].values)
@@ -222,7 +222,7 @@ def admit_release(
     except PayloadError as error:
         return refuse(RefusalReason.WRONG_SCHEMA, str(error))
     schema = form.schema(what, patients)
-    opened = _open(buffer, replace(expected, schema=schema, codec="fp32"), kind)
+    opened = open_expected(buffer, replace(expected, schema=schema, codec="fp32"), kind)
     if isinstance(opened, Refusal):
         return opened
     flat = opened[1]
@@ -249,7 +249,9 @@ def admit_release(
     return AdmittedRelease(expected.site, patients, schema, flat)
 
 
-def _open(buffer: object, expected: Expected, kind: Kind) -> tuple[Manifest, Tensor] | Refusal:
+def open_expected(
+    buffer: object, expected: Expected, kind: Kind
+) -> tuple[Manifest, Tensor] | Refusal:
     """What all kinds share: bytes that are whole, of this size, and what was asked for."""
     if not isinstance(buffer, bytes | bytearray | memoryview):
         got = type(buffer).__name__

@@ -3,6 +3,7 @@
 FOLDER/round-000007/weights.safetensors    the shared tensors by name
                     momentum.safetensors   of the server's own optimiser, where it has one
                     state.json             everything else, with digests of all
+                    statistics.safetensors what sites gave for others to learn with, if they did
                     published/             what sites published at the end (`published_store`)
 """
 
@@ -18,7 +19,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, JsonValue, NonNegativeInt
+from pydantic import (
+    Field,
+    JsonValue,
+    NonNegativeInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -39,9 +46,11 @@ from uharmony_model.frozen import Frozen
 from uharmony_server.admission import Refusal
 from uharmony_server.publication import Published
 from uharmony_server.published_store import read_published, write_published
+from uharmony_server.statistics import Facts, Gathered, packed, unpacked
 
 KEEP = 3
 _MOMENTUM = "momentum.safetensors"
+_STATISTICS = "statistics.safetensors"
 _PUBLISHED = "published"
 _ROUND = re.compile(r"^round-(\d{6,})$")
 _MAX_STATE_BYTES = 1 << 28
@@ -57,7 +66,8 @@ class Checkpoint:
     `uncounted` the (round, site) pairs that were trained in vain, as far as known; `heads` are the
     heads of the sites' ledgers as last seen; `hidden` are the sites that tell no number of cases;
     `at_home` are those that played the finale; `momentum` is what the server's own optimiser
-    carries, moments `(n,)`; `published` is what sites published, None while none has answered.
+    carries, moments `(n,)`; `published` is what sites published and `statistics` what they gave,
+    None while none has answered.
     """
 
     round: int
@@ -75,6 +85,7 @@ class Checkpoint:
     at_home: tuple[str, ...] = ()
     momentum: tuple[Tensor, ...] | None = None
     published: Published | None = None
+    statistics: Gathered | None = None
 
     @cached_property
     def digest(self) -> str:
@@ -105,6 +116,15 @@ class _State(Frozen):
     hidden: tuple[str, ...] = ()
     at_home: tuple[str, ...] = ()
     momentum: tuple[Digest, ...] | None = None
+    statistics: Facts | None = None
+
+    @model_serializer(mode="wrap")
+    def _known(self, default: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Checkpoints from before there was this field have to stay canonical.
+        content: dict[str, Any] = default(self)
+        if self.statistics is None:
+            del content["statistics"]
+        return content
 
 
 class _Sealed(Frozen):
@@ -122,7 +142,9 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     Raises:
         StoreError: the disk is full, or a record is not JSON; the earlier ones are untouched.
     """
+    given = checkpoint.statistics
     try:
+        facts, tables = (None, b"") if given is None else packed(given)
         state = _State(
             study=checkpoint.study,
             round=checkpoint.round,
@@ -138,6 +160,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
             hidden=checkpoint.hidden,
             at_home=checkpoint.at_home,
             momentum=_digests(checkpoint.momentum),
+            statistics=facts,
         )
         text = canonical_json(_Sealed(sha256=_seal(state), state=state))
         tensors = unflatten(checkpoint.global_, checkpoint.schema)
@@ -151,6 +174,8 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
         if checkpoint.momentum is not None:
             named = {str(i): moment for i, moment in enumerate(checkpoint.momentum)}
             save_file(named, temporary / _MOMENTUM)
+        if facts is not None:
+            (temporary / _STATISTICS).write_bytes(tables)
         if checkpoint.published is not None:
             write_published(temporary / _PUBLISHED, checkpoint.published)
         (temporary / "state.json").write_text(text, encoding="ascii")
@@ -236,6 +261,7 @@ def _load(path: Path, number: int, study: str, schema: Schema) -> Checkpoint:
         at_home=state.at_home,
         momentum=_momentum(path, state),
         published=_published(path / _PUBLISHED),
+        statistics=_given(path, state),
     )
     if checkpoint.digest != state.weights:
         raise _DamagedError(f"{path}: damaged: the weights differ from their digest")
@@ -253,6 +279,15 @@ def _momentum(path: Path, state: _State) -> tuple[Tensor, ...] | None:
     if _digests(moments) != state.momentum:
         raise _DamagedError(f"{path}: damaged: the server's moments differ from their digests")
     return moments
+
+
+def _given(path: Path, state: _State) -> Gathered | None:
+    if state.statistics is None:
+        return None
+    try:
+        return unpacked((path / _STATISTICS).read_bytes(), state.statistics)
+    except (OSError, StoreError) as error:
+        raise _DamagedError(f"{path}: damaged: {_line(error)}") from None
 
 
 def _published(path: Path) -> Published | None:

@@ -11,8 +11,10 @@ from uharmony_model.errors import ExchangeError
 from uharmony_model.exchange.hello import Hello
 from uharmony_model.exchange.instruction import Receipt
 from uharmony_model.exchange_settings import PUBLISHABLE
+from uharmony_model.unlabelled_settings import STATISTICS
 from uharmony_server.admission import Refusal, RefusalReason
 from uharmony_server.publication import Answer
+from uharmony_server.statistics import Answer as StatisticsAnswer
 
 MAX_TEXT = 4096  # characters of a hello or a refusal; deep nesting needs more
 
@@ -42,6 +44,18 @@ def publication_of(reply: Message) -> Answer | None:
         return None
     found = {name: payload_of(reply, name) for name in PUBLISHABLE}
     return Answer({name: data for name, data in found.items() if data is not None}, said)
+
+
+def statistics_of(reply: Message) -> StatisticsAnswer | None:
+    """What a site gives of statistics and what it says of them, or None when it says nothing."""
+    if not reply.has_content() or "statistics" not in reply.content:
+        return None
+    try:
+        said = str(reply.content["statistics"]["json"])
+    except (KeyError, TypeError):
+        return None
+    found = {name: payload_of(reply, name) for name in STATISTICS}
+    return StatisticsAnswer({k: data for k, data in found.items() if data is not None}, said)
 
 
 def refusal_of(reply: Message, site: str, round_: int) -> Refusal:

@@ -79,6 +79,7 @@ def run_rounds(
         QuorumError: too few sites joined, or too few answered in a round.
         StoreError: the folder holds another study.
         ConfigError: the study asks for prototypes in a frame that does not fit its network.
+        NetworkError: it asks for statistics of features that its network does not show.
     """
     # Made before the first round: a frame that does not fit is known before anybody has trained.
     form = PublicationForm.of(study) if publication_due(study) else None

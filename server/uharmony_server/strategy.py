@@ -7,6 +7,7 @@ missing answer is recorded with a reason and the round goes on; only a missing q
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -27,10 +28,11 @@ from uharmony_server.journal import Journal
 from uharmony_server.judging import expected_from, judge_metrics, judge_update
 from uharmony_server.publication import Published, take
 from uharmony_server.records import Record
-from uharmony_server.replies import publication_of, refusal_of
+from uharmony_server.replies import publication_of, refusal_of, statistics_of
 from uharmony_server.roster import Roster, SiteOf
 from uharmony_server.round_sum import RoundSum
 from uharmony_server.server_step import next_weights
+from uharmony_server.statistics import Answer, Gathered, Gathering
 
 
 class HarmonyStrategy(Strategy):
@@ -49,6 +51,7 @@ class HarmonyStrategy(Strategy):
         self._journal = Journal(state)
         self._roster = Roster(study, self._journal, certified=certified, online=online)
         self._payload: tuple[int, str, bytes] | None = None
+        self._gathering = Gathering(study) if study.statistics else None
 
     @property
     def state(self) -> Checkpoint:
@@ -83,11 +86,16 @@ class HarmonyStrategy(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """One instruction a site, in the order of their names; the weights travel as one array."""
+        """One instruction a site, in the order of their names; the weights travel as one array.
+
+        What sites gave before travels beside them.
+        """
         order = Instruction(
             action="train", study=self.study.digest, round=server_round, base=self.state.digest
         )
-        return self._roster.messages(order, "train", arrays)
+        if self._gathering is None:
+            return self._roster.messages(order, "train", arrays)
+        return self._with_statistics(self._gathering, order, arrays)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -98,10 +106,16 @@ class HarmonyStrategy(Strategy):
             QuorumError: fewer sites or cases were admitted than the study needs.
         """
         total = RoundSum(self.study, server_round, self.schema.numel, by_cases=self._by_cases)
-        for site, verdict in self._verdicts(replies, server_round):
+        held = self.state.statistics
+        for site, verdict, said in self._verdicts(replies, server_round):
             refused = verdict if isinstance(verdict, Refusal) else total.take(site, verdict)
             if refused is not None:
                 self._journal.refuse(refused)
+            elif said is not None and self._gathering is not None:
+                expected = expected_from(self.study, self.state, site, server_round)
+                held, bad = self._gathering.take(held or Gathered(), said, expected)
+                for one in bad:
+                    self._journal.refuse(one)
         # Greeted again before the next round, it can say so.
         self._roster.leave_out(total.unsaid)
         self._roster.require_members(server_round, total.norms)
@@ -123,6 +137,7 @@ class HarmonyStrategy(Strategy):
             bytes_up=(*self.state.bytes_up, total.bytes),
             counted=(*self.state.counted, tuple(sorted(total.norms))),
             uncounted=tuple(sorted({*self.state.uncounted, *in_vain})),
+            statistics=held,
         )
         return self.arrays(), MetricRecord(
             {"sites": len(total.cases), "cases": sum(total.cases.values())}
@@ -247,25 +262,40 @@ class HarmonyStrategy(Strategy):
                 body_digest=base,
             )
             self._payload = (round_, base, data)
-        data = self._payload[2]
-        array = Array("uint8", (len(data),), "uharmony.payload", data)
-        return ArrayRecord({"payload": array})
+        return _record(self._payload[2])
 
     # --- parts ---------------------------------------------------------------------------------
 
+    def _with_statistics(
+        self, gathering: Gathering, order: Instruction, arrays: ArrayRecord
+    ) -> Iterator[Message]:
+        """Messages of a round with what was given, each asking its site for what it has not."""
+        held = self.state.statistics or Gathered()
+        data = gathering.payload(held, order.round - 1, order.base)
+        if data is not None:
+            order = order.model_copy(update={"given": hashlib.sha256(data).hexdigest()})
+        sites = frozenset(self.nodes.values())
+        for site in sorted(sites):
+            own = order.model_copy(update={"statistics": gathering.asked(site, held)})
+            for message in self._roster.messages(own, "train", arrays, but=sites - {site}):
+                if data is not None:
+                    message.content["statistics"] = _record(data)
+                yield message
+
     def _verdicts(
         self, replies: Iterable[Message], round_: int
-    ) -> Iterator[tuple[str, Admitted | Refusal]]:
+    ) -> Iterator[tuple[str, Admitted | Refusal, Answer | None]]:
         """Judge answers in their order, each while the next one is being made or received."""
-        waiting: deque[tuple[str, Future[Admitted | Refusal]]] = deque()
+        waiting: deque[tuple[str, Future[Admitted | Refusal], Answer | None]] = deque()
         with ThreadPoolExecutor(1) as pool:
             for site, reply in self._roster.in_order(replies, round_):
-                waiting.append((site, pool.submit(self._judge, site, reply, round_)))
+                said = None if self._gathering is None else statistics_of(reply)
+                waiting.append((site, pool.submit(self._judge, site, reply, round_), said))
                 if len(waiting) > 1:
-                    first, verdict = waiting.popleft()
-                    yield first, verdict.result()
-            for first, verdict in waiting:
-                yield first, verdict.result()
+                    first, verdict, its = waiting.popleft()
+                    yield first, verdict.result(), its
+            for first, verdict, its in waiting:
+                yield first, verdict.result(), its
 
     def _judge(self, site: str, reply: Message, round_: int) -> Admitted | Refusal:
         return judge_update(self.study, self.state, site, round_, reply)
@@ -275,3 +305,7 @@ class HarmonyStrategy(Strategy):
         """One hidden number makes all weights equal: none can then be told from the others."""
         hidden = self._roster.names.intersection(self.state.hidden)
         return self.study.federation.weighting == "cases" and not hidden
+
+
+def _record(data: bytes) -> ArrayRecord:
+    return ArrayRecord({"payload": Array("uint8", (len(data),), "uharmony.payload", data)})

@@ -35,9 +35,11 @@ from uharmony_simulation.site_options import site_options
 
 _POLICY = """\
 # All sites of a simulation lie on one machine: figures over few cases are shown to nobody else,
-# and a run may be started again from an earlier round.
+# a run may be started again from an earlier round, and whatever statistics a study asks for are
+# given.
 policy:
   min_cases: 1
+  statistics: [amplitude, prototypes]
   allow_rollback: true
 """
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt
+from pydantic import Field, NonNegativeInt, SerializerFunctionWrapHandler, model_serializer
 
 from uharmony_model.evaluation_settings import Split
 from uharmony_model.exchange.canonical import (
@@ -14,6 +14,7 @@ from uharmony_model.exchange.canonical import (
     parse_canonical,
 )
 from uharmony_model.frozen import Frozen
+from uharmony_model.unlabelled_settings import Statistic
 
 MAX_INSTRUCTION_BYTES = 4096
 
@@ -33,6 +34,10 @@ class Instruction(Frozen):
     last; `publish` asks for what the site publishes, in the round after that; `finish` says that
     the study is over. `receipt` returns to a site what the coordinator has seen of its ledger, so
     that neither can rewrite it later.
+
+    With a round come `statistics`, those that the site is asked for, and `given`, the SHA-256 of
+    the payload of statistics that comes beside the weights; empty where none does. An instruction
+    without them says nothing of them.
     """
 
     action: Literal["hello", "train", "evaluate", "finale", "publish", "finish"]
@@ -42,6 +47,16 @@ class Instruction(Frozen):
     final: bool = False
     splits: tuple[Split, ...] = ()
     receipt: Receipt | None = None
+    statistics: tuple[Statistic, ...] = ()
+    given: OptionalDigest = ""
+
+    @model_serializer(mode="wrap")
+    def _said(self, default: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = default(self)
+        for name in ("statistics", "given"):
+            if not content[name]:
+                del content[name]
+        return content
 
     def to_json(self) -> str:
         """The canonical text, as it is sent."""

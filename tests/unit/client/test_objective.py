@@ -1,0 +1,64 @@
+"""The plain objective: what supervised training was before there were others, to the bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.support.few_labels import Place, data_of, same, stored, study_of
+from uharmony_client.learning import objective_of
+from uharmony_client.objective import Supervised, on_device
+from uharmony_model.losses import segmentation_loss
+from uharmony_model.patches import Batch, draw_batch
+
+
+@pytest.mark.parametrize("drop", [False, True])
+def test_the_supervised_loss_is_that_of_the_labelled_draw_alone(drop):
+    study = study_of("none", "uharmony")
+    place, data = Place(study, ("x", "y")), data_of(domains=2)
+    network = place.network()
+    with torch.no_grad():  # domains differ, and without residuals it is another network
+        for name, parameter in network.named_parameters():
+            if name in place.partition.local_keys:
+                parameter.add_(torch.arange(parameter.numel()).view_as(parameter).cos() * 0.1)
+    found = Supervised(data, study).loss(network, 2, 1, drop=drop)
+    batch = draw_batch(data.volumes, study.task, study.training, study.seed, "alpha", 2, 1)
+    domain = torch.tensor([data.domains[case] for case in batch.cases])
+    logits = network(batch.image, domain, drop=drop)
+    wanted = segmentation_loss(logits, batch.label, study.task, data.annotated)
+    assert torch.equal(found, wanted)
+    other = segmentation_loss(
+        network(batch.image, domain, drop=not drop), batch.label, study.task, data.annotated
+    )
+    assert not torch.equal(found, other)
+
+
+def test_without_a_rule_unlabelled_cases_change_nothing():
+    place = Place(study_of("none"))
+    assert same(place.round(data_of()), place.round(data_of(unlabelled=[])))
+
+
+@pytest.mark.parametrize("rule", ["mean-teacher", "fixmatch", "entropy-min", "ust-run"])
+def test_without_unlabelled_cases_a_rule_is_supervised_training(rule):
+    study, plain = study_of(rule), study_of("none")
+    with_rule = Place(study).round(data_of(unlabelled=[]))
+    without = Place(plain).round(data_of(unlabelled=[]))
+    assert same(with_rule, without)
+    assert with_rule.share == 1
+
+
+def test_nothing_is_carried_by_it():
+    study = study_of("none")
+    objective = objective_of(data_of(), study)
+    assert isinstance(objective, Supervised)
+    objective.restore({})
+    objective.moved(Place(study).network(), 1, 0)
+    assert (objective.carried(), objective.outlives(), objective.share) == ({}, {}, 1.0)
+
+
+def test_cases_are_all_that_there_are_and_each_patch_gets_its_domain():
+    data = data_of(stored(3), stored(2), domains=2)
+    assert data.cases == 5
+    batch = Batch(torch.zeros(2, 1, 2, 2, 2), torch.zeros(2, 2, 2, 2), (1, 0))
+    network = Place(study_of("none")).network()
+    assert on_device(network, batch, [4, 7])[2].tolist() == [7, 4]
