@@ -122,6 +122,11 @@ class Study(Frozen):
         return self.unlabelled.rule if own is None else own
 
     @property
+    def takes_unlabelled(self) -> bool:
+        """Whether cases without a label take part: they teach, or their site receives."""
+        return self.rule != "none" or self.plan.unlabelled is not None
+
+    @property
     def statistics(self) -> tuple[Statistic, ...]:
         """What sites are asked to share of their domains, under their own policies.
 

@@ -34,11 +34,13 @@ _TEMPLATE = """# What only this hospital knows; nothing of this file is ever sen
 name: {name}
 cases: {cases}          # a case table (.csv), or a folder in a known layout
 store: {store}
+# labels: none          # learn from no label here, or from those of so many patients
 # annotated: [lesion]   # the study's classes that are drawn here; all of them when left out
 # modality_map: {{t1: T1}}
 # label_map: {{2: 1}}
 policy:
   min_cases: 11         # numbers over fewer cases do not leave; 1 switches this off
+  # statistics: [amplitude]   # averages over patients that a study without labels may ask for
 resources:
   checkpoint_steps: 50  # a power cut costs at most this many steps
 """
@@ -232,12 +234,13 @@ def _results(home: Home):  # type: ignore[no-untyped-def]  # its types would imp
     from uharmony_client.alone import train_alone
     from uharmony_client.site import Site
     from uharmony_client.site_models import federated_model
-    from uharmony_client.site_results import evaluate_site
+    from uharmony_client.site_results import evaluate_site, require_measurable
 
     site = Site.open(home.config, home.study())
     model, training = federated_model(site), site.study.training
     if not (model / "study.json").is_file():
         raise ConfigError(f"{model}: no federated model yet; it comes after the study's last round")
+    require_measurable(site, model)
     rounds = training.rounds
 
     def place(round_: int) -> str:
@@ -312,7 +315,10 @@ def backup(context: typer.Context, archive: Annotated[Path, typer.Argument()]) -
     home = Home.find(context.obj)
     with home.only_one():
         found = write_backup(home.config.store, archive)
-    print(f"{archive}: {found.files} files, {found.bytes} bytes; it holds the site's keys")
+    print(
+        f"{archive}: {found.files} files, {found.bytes} bytes; it holds the site's keys "
+        "and may hold parts of images"
+    )
 
 
 @app.command()

@@ -18,11 +18,18 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from uharmony_client.finale_plan import learning_view
+from uharmony_client.learning import objective_of
 from uharmony_client.ledger import tensor_facts
 from uharmony_client.ledger_entry import TensorFact
 from uharmony_client.local_train import train_round
 from uharmony_client.outgoing import Outgoing
-from uharmony_client.policy import STARTED_FROM, apply_policy, require_allowed
+from uharmony_client.policy import (
+    STARTED_FROM,
+    apply_policy,
+    require_allowed,
+    statistics_view,
+)
 from uharmony_client.site import Site
 from uharmony_client.small_cells import update_values
 from uharmony_client.workbench import Workbench
@@ -34,8 +41,11 @@ from uharmony_model.initial import initial_local, initial_weights
 class DryRun:
     """An update as it would be sent: `bytes` and `sha256` are of the buffer on the wire.
 
-    `steps` is how many were trained; with all of the study's, and the same initial weights, the
-    first round sends exactly this. `stays` names the tensors that never leave the site.
+    `steps` is how many were trained, on so many `labelled` and `unlabelled` cases; 0 where the
+    study finds nothing to learn from, and the update is then zero. When `all_steps` were trained,
+    from the same initial weights, the first round sends exactly this update. `learns` says what
+    the study learns from here, `statistics` what the round would send beside it. `stays` names
+    the tensors that never leave the site.
     """
 
     site: str
@@ -43,6 +53,10 @@ class DryRun:
     base: str
     steps: int
     all_steps: bool
+    labelled: int
+    unlabelled: int
+    learns: str
+    statistics: str
     bytes: int
     sha256: str
     codec: str
@@ -101,8 +115,12 @@ def dry_run(site: Site, steps: int | None = None) -> DryRun:
         site=site.name,
         study=study.digest,
         base=manifest.base,
-        steps=count,
+        steps=0 if objective_of(data, study) is None else count,
         all_steps=count == study.training.local_steps,
+        labelled=len(data.volumes),
+        unlabelled=len(data.unlabelled),
+        learns=learning_view(study, labelled=bool(data.volumes)),
+        statistics=statistics_view(policy, study),
         bytes=len(sent),
         sha256=hashlib.sha256(sent).hexdigest(),
         codec=manifest.codec,
@@ -170,9 +188,18 @@ def render(found: DryRun) -> RenderableType:
         f"SHA-256 {found.sha256}",
         f"values: {values}",
         f"made in {found.steps} steps from base {found.base[:16]}; {whole}",
+        _learned(found),
+        f"statistics beside it: {found.statistics}",
         f"stays here: {len(found.stays)} tensors ({_some(found.stays)})",
     )
     return Group(table, *map(Text, lines))
+
+
+def _learned(found: DryRun) -> str:
+    """From which cases, and that they may have taught nothing."""
+    nothing = "" if found.steps else "nothing was trained, every number is 0: "
+    cases = f"training cases taken with a label {found.labelled}, without {found.unlabelled}"
+    return f"{nothing}{cases}; the study learns from {found.learns}"
 
 
 def _shown(value: Value) -> str:

@@ -19,6 +19,7 @@ from uharmony_client.case_table import Case
 from uharmony_client.site import Site
 from uharmony_client.small_cells import shown_count, withheld
 from uharmony_model.atomic import write_atomic
+from uharmony_model.errors import DataError
 from uharmony_model.evaluation_settings import METRICS, Split
 from uharmony_model.exchange.payload import Value
 from uharmony_model.inference import predict_logits
@@ -56,9 +57,14 @@ class CaseRow:
 def evaluate_split(
     network: nn.Module, site: Site, split: Split, *, round_: int, slow: bool
 ) -> list[CaseRow]:
-    """Measure every case of a split; the slow metrics (surfaces, lesions) only when asked."""
+    """Measure every case of a split that has a label; surfaces and lesions only when asked.
+
+    A case without a label gives no row: there is nothing to hold a prediction against.
+    """
     rows = []
     for case in site.split(split):
+        if site.volumes[case.case].label is None:
+            continue
         measured = measure_volume(
             network,
             site.volumes[case.case],
@@ -94,7 +100,13 @@ def measure_volume(
     annotated: Tensor,
     slow: bool = False,
 ) -> tuple[CaseMetrics, ...]:
-    """The metrics of each class on one prepared volume; `domain` as in `predict_logits`."""
+    """The metrics of each class on one prepared volume; `domain` as in `predict_logits`.
+
+    Raises:
+        DataError: the volume has no label.
+    """
+    if volume.label is None:
+        raise DataError("a case without a label cannot be measured; give one with a label")
     truth = to_targets(torch.from_numpy(np.array(volume.label))[None], study.task)[0]
     return measure_case(
         _masks(network, volume, study, domain, device),

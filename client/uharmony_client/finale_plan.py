@@ -1,24 +1,35 @@
-"""What a study's finale asks of a site, as it is known before the site takes part."""
+"""What a study asks of a site beside its rounds, as it is known before the site takes part.
+
+`labelled` says whether the site has labels that it trains on. A site without any learns from its
+cases by the study's rule, keeps the federation's model at the finale and has nothing to choose by.
+"""
 
 from __future__ import annotations
 
-from uharmony_client.policy import shared_parts
+from uharmony_client.policy import TAUGHT, shared_parts
 from uharmony_model.methods import EVERYTHING, Part, Place
 from uharmony_model.study import Study
 from uharmony_model.training_settings import Candidate
+from uharmony_model.unlabelled_settings import Rule
 
 _NO_WEIGHTS = frozenset({Part.NORM_STATISTICS, Part.INDEX})  # nothing in them is trained
+_TEACHERS: frozenset[Rule] = frozenset({"mean-teacher", "ust-run"})
+
+NOTHING_TO_LEARN_FROM = (
+    "label patients or allow their labels in site.yaml, or ask the coordinator for a study that "
+    "learns from cases without labels (method: ust-run-fed)"
+)
 
 
-def finale_steps(study: Study) -> dict[Candidate, int]:
-    """Steps of every model that a site trains for its choice; empty without a finale.
+def finale_steps(study: Study, *, labelled: bool = True) -> dict[Candidate, int]:
+    """Steps of every model that a site trains for its choice; empty without a finale or labels.
 
     Models that need no steps (`federated`, and `between`, which is made from `whole`) are left
     out. The local-only model takes the steps of all rounds and, where there are any, of its own
     finale.
     """
     count, names = study.finale.steps, set(study.finale.candidates)
-    if not count:
+    if not count or not labelled:
         return {}
     whole = bool(names & {"whole", "between"})
     steps: dict[Candidate, int] = {}
@@ -32,10 +43,15 @@ def finale_steps(study: Study) -> dict[Candidate, int]:
     return steps
 
 
-def finale_view(study: Study) -> str:
+def finale_view(study: Study, *, labelled: bool = True) -> str:
     """The same in words, for who has to approve it."""
     if not study.finale.steps:
         return "nothing, there is no finale"
+    if not labelled:
+        return (
+            "after the last round nothing is trained: without labels this site keeps the model of "
+            "the federation; what is measured leaves once more, and which was kept"
+        )
     steps = finale_steps(study)
     alone = steps.pop("local", None)
     said = [f"{name} {count} steps" for name, count in steps.items()]
@@ -48,9 +64,53 @@ def finale_view(study: Study) -> str:
     )
 
 
-def values_asked(study: Study) -> tuple[str, ...]:
-    """Named values that leave under a study; `kept`, the name of a candidate, after a finale."""
-    return (*study.asks, "kept") if study.finale.steps else study.asks
+def values_asked(study: Study, *, labelled: bool = True) -> tuple[str, ...]:
+    """Named values that leave under a study; `kept`, the name of a candidate, after a finale.
+
+    A site without labels says how much of what it saw `taught` it under every study.
+    """
+    taught = () if labelled or TAUGHT in study.asks else (TAUGHT,)
+    return (*study.asks, *taught, *(("kept",) if study.finale.steps else ()))
+
+
+def learning_view(study: Study, *, labelled: bool = True) -> str:
+    """From which cases of this site the study learns, and how."""
+    if study.rule == "none":
+        if labelled:
+            return "labels alone; cases without a label are left out"
+        # A method that says so itself has sites that only receive.
+        if study.plan.unlabelled == "none":
+            return "labels alone; this site trains on none: it receives the model, nothing more"
+        return f"labels alone, and this site trains on none; {NOTHING_TO_LEARN_FROM}"
+    own = "cases with and without a label" if labelled else "cases without a label"
+    late = study.unlabelled.warm_up
+    count = "the first round" if late == 1 else f"the first {late} rounds"
+    wait = f"; in {count} only sites with labels count" if late else ""
+    return f"{own}, by {study.rule}{wait}"
+
+
+def has_teacher(study: Study) -> bool:
+    """Whether a second network follows the first, which the site carries from round to round."""
+    return study.rule in _TEACHERS
+
+
+def carried_patches(study: Study) -> tuple[int, int]:
+    """Patches of patients' images that a site carries, at the most: reliable ones, the hardest."""
+    settings = study.unlabelled
+    if study.rule != "ust-run" or not settings.copy_paste:
+        return 0, 0
+    queued = settings.queue and not study.task.overlapping
+    return settings.queue_size * queued, int(settings.hardest)
+
+
+def carried_view(study: Study, *, labelled: bool = True) -> str:
+    """What learning without labels keeps in the site's store and never sends."""
+    said = ["a teacher, which is a second model"] if has_teacher(study) else []
+    if patches := sum(carried_patches(study)):
+        said.append(f"up to {patches} patches of images, as confidential as the images")
+    if study.rule == "glua" and labelled:
+        said.append("running means of features by class")
+    return "; ".join(said)
 
 
 def stays_view(study: Study) -> str:

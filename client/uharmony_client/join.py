@@ -11,11 +11,18 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from uharmony_client.finale_plan import finale_view, stays_view, values_asked
+from uharmony_client.finale_plan import (
+    carried_view,
+    finale_view,
+    learning_view,
+    stays_view,
+    values_asked,
+)
 from uharmony_client.home import Home
 from uharmony_client.joining import enrol, fetch_ca, fetch_study
-from uharmony_client.policy import publication_view, require_allowed, shared_parts
-from uharmony_model.errors import ConfigError, ExchangeError
+from uharmony_client.policy import publication_view, require_allowed, shared_parts, statistics_view
+from uharmony_client.site_config import SiteConfig, load_cases
+from uharmony_model.errors import ConfigError, DataError, ExchangeError
 from uharmony_model.exchange.joining import JoinCode, Membership
 from uharmony_model.frozen import parse
 from uharmony_model.study import Study
@@ -74,6 +81,7 @@ def study_view(study: Study, home: Home) -> RenderableType:
     """What a hospital has to know before it approves."""
     training, federation, policy = study.training, study.federation, home.config.policy
     steps = training.rounds * training.local_steps
+    labelled = _has_labels(home.config)
     rows = {
         "study": f"{study.name}, method {study.method}",
         "digest": study.digest,
@@ -82,11 +90,15 @@ def study_view(study: Study, home: Home) -> RenderableType:
         "training": f"{training.rounds} rounds of {training.local_steps} steps ({steps} in all), "
         f"batch {training.batch_size}, patch {'x'.join(map(str, training.patch))}",
         "network": f"{study.network.name} {list(study.network.features)}",
+        "learns from": learning_view(study, labelled=labelled),
         "leaves": f"parts of the model: {', '.join(shared_parts(study))}; "
-        f"values: {', '.join(values_asked(study))}",
-        "at home": finale_view(study),
+        f"values: {', '.join(values_asked(study, labelled=labelled))}",
+        "statistics": statistics_view(policy, study),
+        "at home": finale_view(study, labelled=labelled),
         "published": publication_view(policy, study),
-        "stays": stays_view(study),
+        "stays": "; ".join(
+            filter(None, (stays_view(study), carried_view(study, labelled=labelled)))
+        ),
         "small cells": f"numbers over fewer than {policy.min_cases} cases do not leave",
         "weighing": federation.weighting,
         "quorum": f"{federation.min_sites} sites, {federation.min_cases} cases",
@@ -95,3 +107,13 @@ def study_view(study: Study, home: Home) -> RenderableType:
     for name, value in rows.items():
         table.add_row(name, Text(value))
     return Group(Text("The coordinator asks this site to take part in:", style="bold"), table)
+
+
+def _has_labels(config: SiteConfig) -> bool:
+    """Whether the site trains on labels, as far as its table says; `check` looks at the cases."""
+    if config.labels == "none":
+        return False
+    try:
+        return any(case.label is not None for case in load_cases(config).cases)
+    except DataError:
+        return True  # what is wrong with the table is for `check` to say

@@ -181,6 +181,8 @@ def allowed_values(values: Mapping[str, Value], policy: Policy) -> Mapping[str, 
             continue
         if name == LOSS and value is None:
             continue
+        if name == TAUGHT and value == 0:  # nothing was trained: the update is nothing
+            continue
         if name == KEPT and value in CANDIDATES:
             continue
         if len(parts) == 5 and parts[-1] in means:

@@ -125,8 +125,8 @@ def _finish(rows: Iterable[Mapping[str, str]], source: Path, site: str) -> CaseT
                 raise DataError(f"{source}: case {case.case}: no image at {image}")
         if case.label is not None and not case.label.is_file():
             raise DataError(
-                f"{source}: case {case.case}: no label at {case.label}; add it, or leave the "
-                "case out"
+                f"{source}: case {case.case}: no label at {case.label}; add it, leave the "
+                "case out, or list the cases in a table with an empty column label"
             )
     return table
 

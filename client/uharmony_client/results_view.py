@@ -19,6 +19,7 @@ def results_json(results: SiteResults) -> str:
         {
             "round": results.round,
             "model": results.label,
+            "local_only": results.own,
             "kept": results.kept,
             "before_finale": None if results.before is None else _plain(results.before),
             "classes": [_plain(found) for found in (*results.classes, results.overall)],
@@ -28,25 +29,40 @@ def results_json(results: SiteResults) -> str:
 
 
 def results_view(results: SiteResults) -> RenderableType:
-    """Dice of both models by class, with 95 % intervals over cases."""
+    """Dice of both models by class, or of the one there is, with 95 % intervals over cases."""
     table = Table(title=f"Test Dice after round {results.round}", title_justify="left")
-    for column in ("class", "n", results.label, "own, local-only", "difference", ""):
+    columns = ("class", "n", results.label, "own, local-only", "difference", "")
+    shown = columns if results.own else columns[:3]
+    for column in shown:
         table.add_column(column)
     for found in (*results.classes, results.overall):
-        table.add_row(
+        cells = (
             Text(found.name),
-            str(found.difference.n),
+            str(found.n),
             _shown(found.federated),
             _shown(found.alone),
             _shown(found.difference),
             found.word,
         )
-    lines = [Text(line) for line in finale_lines(results)]
+        table.add_row(*cells[: len(shown)])
+    lines = [Text(line) for line in (*own_lines(results), *finale_lines(results))]
+    if not results.own:
+        return Group(table, *lines)
     note = (
         "above, below, not below: with 95 % over patients, six at least; "
         "not below allows one Dice point"
     )
     return Group(table, *lines, Text(note, style="dim"))
+
+
+def own_lines(results: SiteResults) -> list[str]:
+    """Why there is no model of the site's own, where there is none."""
+    if results.own:
+        return []
+    return [
+        "This site trains on no label, so it has no model of its own to compare with: the model "
+        "from the study is measured alone."
+    ]
 
 
 def finale_lines(results: SiteResults) -> list[str]:

@@ -12,6 +12,7 @@ import torch
 from uharmony_client.case_table import Case, CaseTable
 from uharmony_client.check.quarantine import load_quarantine, require_enough, without_quarantined
 from uharmony_client.device import choose_device
+from uharmony_client.finale_plan import NOTHING_TO_LEARN_FROM
 from uharmony_client.local_store import LocalStore
 from uharmony_client.objective import LocalData
 from uharmony_client.readers import read_cases
@@ -63,13 +64,15 @@ class Site:
         config.annotates(study.task)
         cases = load_cases(config) if own_cases_only else read_cases(config.cases)
         table = cases.with_splits(study.evaluation, study.split_seed)
-        if study.rule != "none":
+        if study.takes_unlabelled:
             table = table.with_unlabelled()
         held = load_quarantine(config.store, study.digest)
         require_enough(table, held)
         whole, table = table, without_quarantined(table, held)
         if not table.of(split="train").cases:
-            raise DataError(f"site {config.name}: no case is left to train on; add labelled cases")
+            raise DataError(
+                f"site {config.name}: no case is left to train on; {NOTHING_TO_LEARN_FROM}"
+            )
         shelf = VolumeStore(config.volumes or config.store / "volumes")
         volumes: dict[str, StoredVolume] = {}
         for index, case in enumerate(table.cases):

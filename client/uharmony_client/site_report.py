@@ -25,7 +25,7 @@ from uharmony_client.alone import alone_site
 from uharmony_client.case_table import Case
 from uharmony_client.evaluate import CaseRow, predict_masks
 from uharmony_client.finale_plan import stays_view
-from uharmony_client.results_view import finale_lines
+from uharmony_client.results_view import finale_lines, own_lines
 from uharmony_client.site import Site
 from uharmony_client.site_results import SiteResults, load_for_site
 from uharmony_model.atomic import write_atomic
@@ -62,7 +62,7 @@ class Picture:
     model: str
     which: str
     case: str
-    dice: float
+    dice: float | None
     png: bytes
 
 
@@ -91,6 +91,7 @@ def write_site_report(path: Path, site: Site, results: SiteResults) -> None:
         ConfigError: a model is no longer there.
         StoreError: a model is damaged, or the file cannot be written.
     """
+    data = site.training_data()
     environment = pages_of("uharmony_client")
     environment.filters["size"] = human_bytes
     html = environment.get_template("site_report.html.jinja").render(
@@ -99,14 +100,15 @@ def write_site_report(path: Path, site: Site, results: SiteResults) -> None:
         study=site.study,
         digest=site.study.digest,
         results=results,
-        train=len(site.split("train")),
-        patients=len({case.patient for case in site.split("test")}),
+        train=data.cases if site.study.rule != "none" else len(data.volumes),
+        unlabelled=len(data.unlabelled) if site.study.rule != "none" else 0,
+        patients=len({row.patient for row in results.federated}),
         few=FEWEST_PATIENTS,
-        finale_lines=finale_lines(results),
+        lines=[*own_lines(results), *finale_lines(results)],
         details=_details(results),
         domains={row.case: row.domain for row in results.federated},
         sent=read_sent(site.config.store / "ledger" / "ledger.jsonl", site.study.digest),
-        chart=_chart(site),
+        chart=_chart(site, own=results.own),
         pictures=_pictures(site, results),
         width=WIDTH,
         height=HEIGHT,
@@ -153,11 +155,13 @@ def human_bytes(count: int) -> str:
 
 
 def _details(results: SiteResults) -> list[tuple[str, list[tuple[str, list[str]]]]]:
-    """The other metrics: for each class both models' means over cases, as text."""
-    found = []
+    """The other metrics: for each class the means over cases under each model, as text."""
+    found, models = [], [(results.label, results.federated)]
+    if results.own:
+        models.append(("local-only", results.alone))
     for comparison in results.classes:
         rows = []
-        for model, every in ((results.label, results.federated), ("local-only", results.alone)):
+        for model, every in models:
             own = [row for row in every if row.class_name == comparison.name]
             rows.append((model, [number(_mean(own, m), digits) for m, _, digits in DETAILS]))
         found.append((comparison.name, rows))
@@ -169,16 +173,15 @@ def _mean(rows: Sequence[CaseRow], metric: str) -> float | None:
     return statistics.fmean(defined) if defined else None
 
 
-def _chart(site: Site) -> Chart | None:
-    """Validation Dice of both models over the rounds, where rows of it were kept.
+def _chart(site: Site, *, own: bool) -> Chart | None:
+    """Validation Dice over the rounds, where rows of it were kept; of both models, if `own`.
 
     What was chosen by the validation split at a finale is no point of a curve.
     """
     rounds = site.study.training.rounds
-    curves = {
-        "federated": _validation(site.evaluations, rounds),
-        "local-only": _validation(alone_site(site).evaluations, rounds),
-    }
+    curves = {"federated": _validation(site.evaluations, rounds)}
+    if own:
+        curves["local-only"] = _validation(alone_site(site).evaluations, rounds)
     values = [value for curve in curves.values() for value in curve.values()]
     if not values:
         return None
@@ -233,16 +236,16 @@ def _validation(folder: Path, rounds: int) -> dict[int, float]:
 
 
 def _pictures(site: Site, results: SiteResults) -> list[Picture]:
-    """The median and the worst case under the federated model, each under both models."""
+    """The median and the worst case under the federated model, each under every model."""
     pairs = results.cases
     if not pairs:
         return []
     chosen = {"median": pairs[len(pairs) // 2], "lowest": pairs[0]}
     pictures = []
-    for model, folder, where in (
-        (results.label, results.federated_model, site),
-        ("local-only", results.alone_model, alone_site(site)),
-    ):
+    models = [(results.label, results.federated_model, site)]
+    if results.own:
+        models.append(("local-only", results.alone_model, alone_site(site)))
+    for model, folder, where in models:
         network = load_for_site(where, folder).network.to(site.device)
         for which, pair in chosen.items():
             case = next(c for c in site.split("test") if c.case == pair.case)

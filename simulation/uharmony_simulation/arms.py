@@ -92,7 +92,7 @@ class SiteOpener:
         study = self._arm.study
         decided = (study.evaluation, study.task)
         made_by = (study.split_seed, *(part.model_dump_json() for part in decided))
-        made_by += ("unlabelled",) if study.rule != "none" else ()
+        made_by += ("unlabelled",) if study.takes_unlabelled else ()
         store = self._stores and self._stores / name
         key = (self._folder / name, store, self._machine.device, *made_by)
         if key not in _OPENED:

@@ -92,7 +92,6 @@ def _look_at_volumes(look: CaseLook, task: Task | None, config: SiteConfig) -> N
         raise _RefusedError("U111", "no channel is left that is not declared missing")
     header = _look_at_images(look, task, modalities, lacking, config.resources.max_voxels)
     if case.label is None:
-        look.found.append(("U404", "no label"))
         return
     loaded = load_volume(case.label, config.resources.max_voxels, max_channels=1)
     if not same_grid(header, loaded.header):

@@ -33,11 +33,15 @@ _MAX_CERTIFICATE_BYTES = 1 << 16
 
 @dataclass(frozen=True)
 class Need:
-    """What the study needs here: bytes of prepared volumes and generations, of memory at once."""
+    """What the study needs here: bytes of prepared volumes and generations, of memory at once.
+
+    `memory` is for the largest case, `carried` for what learning without labels carries.
+    """
 
     volumes: int
     generations: int
     memory: int
+    carried: int = 0
 
 
 @dataclass(frozen=True)
@@ -100,8 +104,10 @@ def _memory(config: SiteConfig, need: Need, facts: dict[str, str]) -> Iterator[N
     if free is None:
         return
     text = f"{_gib(free)} free, about {_gib(need.memory)} for the largest case"
+    if need.carried:
+        text += f" and {_gib(need.carried)} for what learning without labels carries"
     facts["memory"] = text
-    if free < need.memory:
+    if free < need.memory + need.carried:
         yield "U602", Detail(None, text)
 
 

@@ -35,13 +35,17 @@ class CaseRow:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything one run of the doctor found. `study` is name and digest."""
+    """Everything one run of the doctor found. `study` is name and digest.
+
+    `unlabelled` is how many of the training cases are learned from without a label.
+    """
 
     site: str
     study: tuple[str, str] | None
     findings: tuple[Finding, ...]
     cases: tuple[CaseRow, ...]
     splits: Mapping[str, int]
+    unlabelled: int
     classes: Mapping[str, ClassCount]
     quarantined: int
     machine: Mapping[str, str]
@@ -79,6 +83,7 @@ class Report:
             ],
             "cases": [_filled(asdict(row)) for row in self.cases],
             "splits": dict(self.splits),
+            "unlabelled": self.unlabelled,
             "classes": {name: asdict(count) for name, count in self.classes.items()},
             "quarantined": self.quarantined,
             "machine": dict(self.machine),
@@ -106,6 +111,8 @@ def _heading(report: Report) -> str:
     study = "no study yet" if report.study is None else f"study {report.study[0]}"
     splits = ", ".join(f"{n} {split}" for split, n in report.splits.items())
     out = f", {report.quarantined} left out" if report.quarantined else ""
+    if report.unlabelled:
+        splits += f"; {report.unlabelled} of train are taken without a label"
     cases = f"{len(report.cases)} cases{out}{f' ({splits})' if splits else ''}"
     return f"Site {report.site}, {study}: {cases}"
 
@@ -155,7 +162,10 @@ def _leaving(leaving: Leaving) -> list[Text]:
         ),
         Text(f"  values: {', '.join(leaving.values)}"),
         Text(hidden),
+        Text(f"  statistics: {leaving.statistics}"),
         Text(f"  {leaving.stays:,} numbers of the model stay here"),
+        *([Text(f"  kept in the store beside them: {leaving.carries}")] if leaving.carries else []),
+        Text(f"  learned from: {leaving.learning}"),
         Text(f"  at home: {leaving.at_home}"),
         Text(f"  published at the end: {leaving.published}"),
     ]

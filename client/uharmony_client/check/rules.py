@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 
+from uharmony_client.finale_plan import NOTHING_TO_LEARN_FROM
+
 
 class Severity(IntEnum):
     """How bad a finding is; `exit_code` is what the command ends with."""
@@ -83,14 +85,18 @@ _TABLE = (
     ("U401", _W, "the same image under two cases of one patient", "take one of them out"),
     ("U402", _W, "the same image under two patients", "take one of them out, or correct the column patient"),
     ("U403", _E, "the same image in two splits", "take one of them out: the results would be too good"),
-    ("U404", _N, "cases without a label", "none is needed: they are not trained on"),
+    ("U404", _N, "cases without a label", "none is needed: the method of a study says whether they are learned from"),
     ("U405", _W, "labels that hold background only", "see that the label is the right file"),
     ("U406", _W, "a class that no case of this site shows", "leave it out of annotated where it is not drawn here"),
     ("U407", _N, "a modality of the study that neither occurs here nor is declared missing", "none is needed; name it in missing where the study takes presence masks"),
-    ("U408", _E, "fewer cases to train on than needed", "add labelled cases"),
+    ("U408", _E, "fewer cases to train on than needed", NOTHING_TO_LEARN_FROM),
     ("U409", _W, "no case to test on", "add labelled patients, or write splits in the table"),
     ("U410", _W, "no case to validate on", "add labelled patients, or write splits in the table"),
     ("U411", _N, "fewer cases than policy.min_cases", "none is needed: what is measured on them leaves as a bound only"),
+    ("U412", _N, "cases without a label that the study learns from", "none is needed: they count as training cases"),
+    ("U413", _N, "labels that site.yaml keeps out of training", "none is needed: labels of test and validation cases still measure"),
+    ("U414", _N, "no case has a label: nothing can be measured here", "none is needed; to measure, label patients that were not trained on and write test in the column split"),
+    ("U415", _N, "nothing is trained here: this site receives the model and sends no change", "none is needed: the study's method says so"),
     # Texts that may name people; none of them leaves the site
     ("U501", _N, "header fields with text", "none is needed: headers never leave; empty them where the files are shared otherwise"),
     ("U502", _W, "header fields that look like a name, a date or a number of a person", "have the fields emptied; they never leave the site"),

@@ -14,7 +14,7 @@ from pathlib import Path
 from uharmony_client.case_table import CaseTable
 from uharmony_client.check.cases import CaseLook, look_at
 from uharmony_client.check.findings import Detail, number_findings
-from uharmony_client.check.leaving import Leaving, generation_bytes, what_leaves
+from uharmony_client.check.leaving import Leaving, carried_bytes, generation_bytes, what_leaves
 from uharmony_client.check.machine import Connection, Need, look_at_machine
 from uharmony_client.check.pseudonyms import Pseudonyms, site_key
 from uharmony_client.check.quarantine import (
@@ -34,6 +34,10 @@ from uharmony_client.check.together import (
     find_missing_patients,
     find_small,
     find_thin_splits,
+    find_unlabelled,
+    taken_without_label,
+    training_table,
+    trains_on_labels,
 )
 from uharmony_client.readers import read_cases
 from uharmony_client.site_config import SiteConfig
@@ -82,17 +86,22 @@ def run_check(
     quarantined: frozenset[str] = frozenset()
     classes: dict[str, ClassCount] = {}
     leaving: Leaving | None = None
+    unlabelled = 0
     if fits is not None:
-        table = _with_splits(table, fits, noted, reveal=reveal)
+        table = training_table(_with_splits(table, fits, noted, reveal=reveal), fits)
         quarantined = _quarantine(config.store, fits, table, looks, noted)
         classes = count_classes(looks, fits)
         noted += find_absent(looks, config, fits, classes)
         noted += find_small(looks, fits, names)
+        left = without_quarantined(table, quarantined)
         if table.cases:
-            left = without_quarantined(table, quarantined)
-            noted += find_thin_splits(left, fits, config.policy.min_cases)
-        leaving, wrong = what_leaves(config, fits, table.domains or (config.name,))
+            noted += find_thin_splits(left, fits, config)
+        if fits.rule != "none":
+            unlabelled = taken_without_label(left, config)
+        domains, labelled = table.domains or (config.name,), trains_on_labels(left, config)
+        leaving, wrong = what_leaves(config, fits, domains, labelled=labelled)
         noted += wrong
+    noted += find_unlabelled(looks, table, fits, names)
     noted += find_missing_patients(table) + find_duplicates(looks, table, names)
     machine = look_at_machine(config, _need(looks, fits, leaving), connection)
     split = {case.case: case.split for case in table.cases}
@@ -113,6 +122,7 @@ def run_check(
             for look in looks
         ),
         splits=Counter(case.split for case in table.cases if case.split is not None),
+        unlabelled=unlabelled,
         classes=classes,
         quarantined=len(quarantined),
         machine=machine.facts,
@@ -182,11 +192,25 @@ def _quarantine(
 
 
 def _need(looks: Sequence[CaseLook], study: Study | None, leaving: Leaving | None) -> Need:
-    """Estimates: a prepared volume is float32 channels and a label, at work three times that."""
+    """Estimates: a prepared volume is float32 channels and a label, at work three times that.
+
+    What learning without labels carries is in memory three times too: as it was before the round,
+    in use, and as it is written.
+    """
     values = 0 if study is None else sum(len(group) for group in study.task.classes.values())
-    volumes = sum(
-        look.voxels * (4 * look.channels + 1) + values * _FOREGROUND_BYTES for look in looks
+    labels = sum(look.case.label is not None for look in looks)
+    volumes = sum(map(_prepared, looks)) + labels * values * _FOREGROUND_BYTES
+    largest = max(map(_prepared, looks), default=0)
+    if study is None or leaving is None:
+        return Need(volumes=volumes, generations=0, memory=3 * largest)
+    return Need(
+        volumes=volumes,
+        generations=generation_bytes(leaving, study),
+        memory=3 * largest,
+        carried=3 * carried_bytes(leaving, study),
     )
-    largest = max((look.voxels * (4 * look.channels + 1) for look in looks), default=0)
-    generations = 0 if study is None or leaving is None else generation_bytes(leaving, study)
-    return Need(volumes=volumes, generations=generations, memory=3 * largest)
+
+
+def _prepared(look: CaseLook) -> int:
+    """Bytes of a prepared volume, without its list of foreground."""
+    return look.voxels * (4 * look.channels + (look.case.label is not None))
