@@ -1,0 +1,102 @@
+"""The two statistics that sites share, as `benchmarks.leakage` attacks them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks import leakage_data as data
+from benchmarks.leakage_attacks import Floats, Misfit
+from uharmony_model.segmentation_network import SegmentationNetwork
+from uharmony_model.unlabelled.amplitude import low_amplitude
+from uharmony_model.unlabelled.study_style import half_width, style_floor
+
+
+@dataclass(frozen=True, eq=False)
+class Statistic:
+    """One kind of statistic, as the attacks see it.
+
+    `rows (P, d)` of the sharing site and `own (Q, d)` of the attacker are additive: a release of
+    patients is the mean of their rows. `rows_again` and `own_again` are of other draws of patches.
+    `release` gives it back from what is really shared, float32. `view` is the form that is matched
+    by an image, of rows (..., d), and `misfit` says how far images are from it.
+    """
+
+    name: str
+    rows: Floats
+    own: Floats
+    rows_again: Floats
+    own_again: Floats
+    release: Callable[[Sequence[int]], Floats]
+    view: Callable[[Floats], Floats]
+    misfit: Callable[[Tensor], Misfit]
+
+
+def amplitude_of(town: data.Town) -> Statistic:
+    """The low-frequency amplitude that a site shares as its style."""
+    study = town.study
+    every = [data.styles(study, patients).flatten(1).numpy() for patients in _groups(town)]
+    # Bins k and -k hold the same number, so half of them say all.
+    half = slice(0, every[0].shape[1] // 2 + 1)
+    rows, own, rows_again, own_again = (found[:, half] for found in every)
+    width, floor = half_width(study), style_floor(study.task)
+    scale = torch.from_numpy(own.std(0, ddof=1)).float()
+
+    def misfit(wanted: Tensor) -> Misfit:
+        def of(image: Tensor) -> Tensor:
+            found = low_amplitude(image, width, floor=floor).flatten(1)[:, half]
+            return ((found - wanted) / scale).square().mean(1)
+
+        return of
+
+    def release(chosen: Sequence[int]) -> Floats:
+        shared = data.shared_style(study, [town.sharing[i] for i in chosen])
+        return np.asarray(shared.flatten().double().numpy()[half])
+
+    return Statistic(
+        "amplitude", rows, own, rows_again, own_again, release, lambda row: row, misfit
+    )
+
+
+def _groups(town: data.Town) -> tuple[tuple[data.Patient, ...], ...]:
+    sharing, curious = town.sharing, town.curious
+    return sharing, curious, data.again(sharing), data.again(curious)
+
+
+def prototypes_of(town: data.Town, network: SegmentationNetwork) -> Statistic:
+    """The class prototypes that a site shares in a round with these weights."""
+    every = [data.prototype_sums(network, town.study, patients) for patients in _groups(town)]
+    rows, own, rows_again, own_again = (
+        np.stack([data.moments(data.shared_prototypes([one]), 1) for one in found])
+        for found in every
+    )
+    classes = town.study.task.outputs
+    members = data.usual_members(town, network)
+
+    def view(row: Floats) -> Floats:
+        voxels, values = row[..., :classes, None], row[..., classes:]
+        mean, square = np.split(values.reshape(*row.shape[:-1], 2 * classes, -1), 2, axis=-2)
+        mean, square = (table / np.maximum(voxels, 1e-9) for table in (mean, square))
+        deviation = np.sqrt(np.maximum(square - mean**2, 0))
+        both = np.concatenate((mean, deviation), -1)
+        return np.asarray(both.reshape(*row.shape[:-1], -1))
+
+    scale = torch.from_numpy(view(own).std(0, ddof=1)).float()
+    scale = scale.clamp_min(float(scale.median()) / 10)
+
+    def misfit(wanted: Tensor) -> Misfit:
+        def of(image: Tensor) -> Tensor:
+            found = data.soft_prototype_vector(data.features(network, image), members)
+            return ((found - wanted) / scale).square().mean(1)
+
+        return of
+
+    def release(chosen: Sequence[int]) -> Floats:
+        shared = data.shared_prototypes([every[0][i] for i in chosen])
+        return data.moments(shared, len(chosen))
+
+    return Statistic("prototypes", rows, own, rows_again, own_again, release, view, misfit)
