@@ -74,6 +74,16 @@ class Study(Frozen):
             )
         return self
 
+    @model_validator(mode="after")
+    def _rule_fits_the_network(self) -> Study:
+        if self.rule == "glua" and self.plan.backbone is not None:
+            raise ValueError(
+                f"{self.method} does not say where its deepest level is, as glua needs"
+            )
+        if self.rule == "adabn" and Part.NORM_STATISTICS not in self.parts:
+            raise ValueError("adabn adapts running statistics; use norm: batch, or the arm adabn")
+        return self
+
     @property
     def plan(self) -> Method:
         """What the study's method makes of the network and the partition."""
@@ -92,6 +102,7 @@ class Study(Frozen):
             content["training"] = {**content["training"], **plain}
             own = {"server_rate": Federation().server_rate, "momentum": 0.0}
             content["federation"] = {**content["federation"], **own}
+            content["unlabelled"] = Unlabelled()  # alone it learns from its labels
         return Study.model_validate(content)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -147,3 +148,32 @@ def test_no_momentum_steps_shared_running_variances(method, norm, shares):
 
 def test_methods_that_keep_residuals_and_nothing_else():
     assert {name for name, method in METHODS.items() if method.keeps_residuals} == {"uharmony"}
+
+
+@pytest.mark.parametrize(
+    ("method", "rule", "message"),
+    [
+        ("u2net", "glua", "u2net does not say where its deepest level is"),
+        ("fedavg", "adabn", "adabn adapts running statistics"),
+        ("uharmony", "adabn", "adabn adapts running statistics"),
+    ],
+)
+def test_a_rule_that_the_network_cannot_follow_is_refused(method, rule, message):
+    with pytest.raises(ValidationError, match=message):
+        tiny_study(method=method, unlabelled={"rule": rule})
+
+
+def test_rules_are_the_methods_or_else_the_studys():
+    assert tiny_study(method="fedavg-bn", unlabelled={"rule": "adabn"}).rule == "adabn"
+    assert tiny_study(method="ust-run-fed", unlabelled={"rule": "fixmatch"}).rule == "ust-run"
+    assert tiny_study(method="labelled-only-fed", unlabelled={"rule": "fixmatch"}).rule == "none"
+    assert tiny_study(method="labelled-only-fed").takes_unlabelled
+    assert not tiny_study(method="fedavg").takes_unlabelled
+    batch = tiny_study(method="fedavg-bn", unlabelled={"rule": "adabn"})
+    assert batch.with_method("local").rule == "none"
+
+
+def test_a_study_without_unlabelled_cases_is_as_before_there_were_any():
+    plain = tiny_study()
+    assert "unlabelled" not in json.loads(plain.canonical_json())
+    assert "unlabelled" in json.loads(tiny_study(unlabelled={"rule": "fixmatch"}).canonical_json())
