@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from benchmarks.leakage_attacks import Floats
 from uharmony_client.readers import read_cases
 from uharmony_client.site_config import SiteConfig
-from uharmony_client.statistics import PROTOTYPE_PATCHES, STYLE_PATCHES
+from uharmony_client.statistics import STYLE_PATCHES
 from uharmony_client.volume_store import VolumeStore
 from uharmony_model.alignment.prototype_gap import Prototypes, PrototypeSum, class_members
 from uharmony_model.errors import DataError
+from uharmony_model.exchange.statistics import PROTOTYPE_PATCHES
 from uharmony_model.features import deepest_features
 from uharmony_model.frozen import parse
 from uharmony_model.losses import segmentation_loss

@@ -84,6 +84,16 @@ class Study(Frozen):
             raise ValueError("adabn adapts running statistics; use norm: batch, or the arm adabn")
         return self
 
+    @model_validator(mode="after")
+    def _style_is_small(self) -> Study:
+        width, patch = self.unlabelled.half_width, self.training.patch
+        if width is not None and 2 * width + 1 > min(patch):
+            raise ValueError(
+                f"unlabelled.half_width {width} needs {2 * width + 1} bins along every edge of "
+                f"training.patch {list(patch)}; take a smaller one"
+            )
+        return self
+
     @property
     def plan(self) -> Method:
         """What the study's method makes of the network and the partition."""

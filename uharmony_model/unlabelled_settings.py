@@ -38,7 +38,7 @@ class Unlabelled(Frozen):
     copy_paste: bool = True
     symmetric: bool = True
     amplitude: Literal["ramp", "full", "off"] = "ramp"
-    half_width: PositiveInt | None = None
+    half_width: Annotated[int, Field(ge=1, le=4)] | None = None
     queue: bool = True
     queue_size: PositiveInt = 10
     queue_threshold: Annotated[float, Field(gt=0, le=1)] = 0.1

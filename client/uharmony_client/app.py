@@ -246,6 +246,8 @@ def _results(home: Home):  # type: ignore[no-untyped-def]  # its types would imp
     def place(round_: int) -> str:
         return f"round {round_} of {rounds}" if round_ <= rounds else "last steps at home"
 
+    if not site.training_data().volumes:  # alone it has nothing to learn from
+        return evaluate_site(site, model), site
     with Console(stderr=True).status("training the site's own model") as shown:
         train_alone(
             site,

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from uharmony_client.finale_plan import learning_view
-from uharmony_client.learning import objective_of
+from uharmony_client.learning import cases_learned_from, objective_of
 from uharmony_client.ledger import tensor_facts
 from uharmony_client.ledger_entry import TensorFact
 from uharmony_client.local_train import train_round
@@ -104,7 +104,9 @@ def dry_run(site: Site, steps: int | None = None) -> DryRun:
             codec=study.codec.up,
             schema=schema,
             values={
-                **update_values(data.cases, result.loss, study, policy, share=result.share),
+                **update_values(
+                    cases_learned_from(data, study), result.loss, study, policy, share=result.share
+                ),
                 STARTED_FROM: 0,
             },
             flat=apply_policy(result.update, policy),

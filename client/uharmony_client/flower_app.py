@@ -23,6 +23,7 @@ from uharmony_client.alone import alone_candidate
 from uharmony_client.approval import approved_order
 from uharmony_client.evaluate import summarise
 from uharmony_client.failures import no_room, speakable
+from uharmony_client.learning import cases_learned_from
 from uharmony_client.ledger import Ledger
 from uharmony_client.outgoing import Outgoing
 from uharmony_client.publish import publish
@@ -36,7 +37,7 @@ from uharmony_client.site_round import (
     round_update,
 )
 from uharmony_client.small_cells import EQUAL, update_values
-from uharmony_client.statistics import given_of, statistics_answer
+from uharmony_client.statistics import given_of, statistics_answer, without_own
 from uharmony_client.workbench import Workbench
 from uharmony_model.errors import ExchangeError, StoreError
 from uharmony_model.exchange.hello import Hello
@@ -135,7 +136,9 @@ def make_client_app(
 def _hello(
     desk: _Desk, site: Site, out: Outgoing, order: Instruction, message: Message
 ) -> RecordDict:
-    values = update_values(len(site.split("train")), 0.0, site.study, site.config.policy)
+    values = update_values(
+        cases_learned_from(site.training_data(), site.study), 0.0, site.study, site.config.policy
+    )
     text = Hello(
         site=site.name,
         study=site.study.digest,
@@ -160,6 +163,7 @@ def _train(
     bench = _bench(desk, site, order, message)
     form = desk.form(site, bench)
     given = given_of(_statistics_of(message), order, site.study, form)
+    given = without_own(given, site, form)
     on_step = _listener(desk, site, order.round)
     update = round_update(site, bench, order.round, given=given, on_step=on_step)
     content = _carried(out.payload(update, bench.partition.shared_schema))

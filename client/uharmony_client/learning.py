@@ -39,6 +39,11 @@ class Given:
 NOTHING = Given()
 
 
+def cases_learned_from(data: LocalData, study: Study) -> int:
+    """Training cases that the study learns from here; all of them where it learns from none."""
+    return len(data.volumes) if study.rule == "none" and data.volumes else data.cases
+
+
 def objective_of(data: LocalData, study: Study, given: Given = NOTHING) -> Objective | None:
     """The objective of a site's round; None where it has nothing that the study learns from."""
     rule = study.rule

@@ -121,12 +121,14 @@ def least_patients(policy: Policy, study: Study) -> int:
 
 def statistics_view(policy: Policy, study: Study) -> str:
     """What would be given while training: what the study asks for, and what this site allows."""
-    # Where nothing of the model leaves a site, nothing else does either.
     asked = study.statistics
     if not asked:
         return "nothing, the study does not ask for it"
+    from uharmony_model.unlabelled.study_style import half_width  # loads torch
+
     how = {
-        "amplitude": "a mean style of {} training patients or more, once",
+        "amplitude": "a mean style of {} training patients or more, "
+        f"{study.task.channels * (2 * half_width(study) + 1) ** 3} numbers, once",
         "prototypes": (
             "prototypes of classes that {} labelled training patients or more have, in every round"
         ),

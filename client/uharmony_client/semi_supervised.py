@@ -257,7 +257,7 @@ class EntropyMin(SemiSupervised):
 
 
 class AdaptiveStatistics(SemiSupervised):
-    """AdaBN: a site without labels sends nothing, and its norms take its own statistics."""
+    """AdaBN: what a site without labels sends weighs nothing; its norms take its own statistics."""
 
     @property
     def share(self) -> float:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from uharmony_client.evaluate import CaseRow, evaluate_split, save_rows, summarise
 from uharmony_client.finale import Candidate, Choice, State, clear_shelf, play_finale
-from uharmony_client.learning import NOTHING, Given
+from uharmony_client.learning import NOTHING, Given, cases_learned_from
 from uharmony_client.local_store import RoundKey
 from uharmony_client.local_train import train_round
 from uharmony_client.personal import ALONE, PERSONAL, as_personal, by_name, model_state
@@ -85,7 +85,9 @@ def round_update(
         on_step=on_step,
         checkpoint=StepCheckpoint(store.folder, key, site.config.resources.checkpoint_steps),
     )
-    values = update_values(data.cases, result.loss, study, policy, share=result.share)
+    values = update_values(
+        cases_learned_from(data, study), result.loss, study, policy, share=result.share
+    )
     update = encode(
         kind=Kind.UPDATE,
         study=study.digest,

@@ -38,10 +38,13 @@ def update_values(
 
     The weight is the number where the study weighs by cases and the number may leave, else
     `equal`. The loss is a mean over steps on these cases, so the same threshold holds for it.
-    `share`, a factor of the weight, leaves as `taught` where it is not 1, in hundredths.
+    `share`, a factor of the weight, leaves as `taught` where it is not 1,
+    in hundredths; over fewer cases than the threshold only 0 leaves, which says that nothing was
+    trained.
     """
     enough = cases >= policy.min_cases
-    factor: dict[str, Value] = {} if share == 1 else {TAUGHT: round(share, 2)}
+    told = share if enough else float(share > 0)
+    factor: dict[str, Value] = {} if told == 1 else {TAUGHT: round(told, 2)}
     return factor | {
         CASES: cases if enough and CASES in study.asks else EQUAL,
         LOSS: loss if enough else None,

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 
 import numpy as np
@@ -34,10 +34,11 @@ from uharmony_client.workbench import carried_after
 from uharmony_model.alignment.prototype_gap import PrototypeSum, class_members
 from uharmony_model.errors import ExchangeError, StoreError, UHarmonyError
 from uharmony_model.exchange.instruction import Instruction
-from uharmony_model.exchange.payload import Kind, encode
-from uharmony_model.exchange.schema import flatten
+from uharmony_model.exchange.payload import Kind, decode, encode
+from uharmony_model.exchange.schema import flatten, unflatten
 from uharmony_model.exchange.statistics import (
     PATIENTS,
+    PROTOTYPE_PATCHES,
     Said,
     StatisticsForm,
     open_combined,
@@ -55,7 +56,6 @@ from uharmony_model.unlabelled.style_average import AMPLITUDE, StyleSum
 from uharmony_model.unlabelled_settings import Statistic
 
 STYLE_PATCHES = 8  # of each case, anywhere in it, as unlabelled patches lie
-PROTOTYPE_PATCHES = 4  # of each labelled case in each round, as its training patches lie
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +86,24 @@ def given_of(
     if (manifest.study, manifest.round, manifest.base, manifest.site) != wanted:
         raise _not_of(order, f"statistics with weights {manifest.base[:12]}")
     return Given(combined.styles, combined.prototypes)
+
+
+def without_own(given: Given, site: Site, form: StatisticsForm) -> Given:
+    """The same without the style that this site gave itself: it teaches nothing here.
+
+    Raises:
+        StoreError: what it gave is damaged.
+    """
+    if form.style is None or not given.styles:
+        return given
+    kept = Releases(site.config.store, site.study.digest)
+    earlier = kept.get("amplitude", max_bytes=form.max_bytes("amplitude"))
+    if earlier is None:
+        return given
+    schema = form.schema("amplitude")
+    _, flat = decode(earlier[0], kind=Kind.STATISTICS, schema=schema)
+    own = unflatten(flat, schema)[AMPLITUDE]
+    return replace(given, styles=tuple(s for s in given.styles if not torch.equal(s, own)))
 
 
 def statistics_answer(

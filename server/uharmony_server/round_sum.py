@@ -64,6 +64,11 @@ class RoundSum:
             QuorumError: fewer sites or cases were admitted than the study needs.
         """
         sites, cases = len(self.cases), sum(self.cases.values())
+        if sites and not self.lengths:
+            raise QuorumError(
+                f"round {self._round}: {sites} sites answered and none was taught anything; a site "
+                "with labels has to take part"
+            )
         if sites < self._need.min_sites or cases < self._need.min_cases or not sites:
             reasons = "; ".join(f"{r.site}: {r.reason}" for r in refusals if r.round == self._round)
             raise QuorumError(

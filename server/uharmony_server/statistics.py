@@ -12,6 +12,7 @@ asked with the same.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -28,6 +29,7 @@ from uharmony_model.exchange.payload import Kind
 from uharmony_model.exchange.schema import unflatten
 from uharmony_model.exchange.statistics import (
     MAX_STYLES,
+    PROTOTYPE_PATCHES,
     Combined,
     Said,
     StatisticsForm,
@@ -62,11 +64,20 @@ class Gathered:
 
     def combined(self) -> Combined:
         """What is handed out of it."""
-        names = sorted(self.styles)[:MAX_STYLES]
-        given = [self.prototypes[site] for site in sorted(self.prototypes)]
-        together = merged(given) if given else None
+        # In the order of their bytes: that of the sites' names would tell whose each is.
+        styles = sorted(self.styles.values(), key=lambda style: _digest(style))[:MAX_STYLES]
+        together = self.merged()
         some = together is not None and bool(together.present.any())
-        return Combined(tuple(self.styles[site] for site in names), together if some else None)
+        return Combined(tuple(styles), together if some else None)
+
+    def merged(self) -> Prototypes | None:
+        """All sites' prototypes together; None where there are none."""
+        given = [self.prototypes[site] for site in sorted(self.prototypes)]
+        return merged(given) if given else None
+
+    def of_next_round(self) -> Gathered:
+        """Without prototypes: they belong to the weights they were made with."""
+        return replace(self, prototypes={})
 
 
 class Gathering:
@@ -123,10 +134,25 @@ class Gathering:
                 # Made once, a style would come again as it is.
                 self._declined |= {site} if what == "amplitude" else set()
             elif isinstance(verdict, Prototypes):
-                held = replace(held, prototypes={**held.prototypes, site: verdict})
+                grown = replace(held, prototypes={**held.prototypes, site: verdict})
+                flaw = self._flaw_together(grown)
+                if flaw is None:
+                    held = grown
+                else:
+                    refusals.append(expected.refuse(RefusalReason.WRONG_SCHEMA, flaw))
             else:
                 held = replace(held, styles={**held.styles, site: verdict})
         return held, refusals
+
+    def _flaw_together(self, held: Gathered) -> str | None:
+        """What the sites would refuse of all prototypes together, though each passes alone."""
+        together = held.merged()
+        assert together is not None  # noqa: S101 - one was just added
+        try:
+            self._form.prototypes_of(together.tensors())
+        except ExchangeError as error:
+            return f"prototypes, with those of the others: {error}"
+        return None
 
     def _admit(
         self, payload: object, expected: Expected, what: Statistic
@@ -154,9 +180,18 @@ class Gathering:
         try:
             if what == "amplitude":
                 return self._form.style_of(tensors)
-            return self._form.prototypes_of(tensors)
+            found = self._form.prototypes_of(tensors)
         except ExchangeError as error:
             return expected.refuse(RefusalReason.WRONG_SCHEMA, f"{what}: {error}")
+        voxels = most * PROTOTYPE_PATCHES * math.prod(self._study.training.patch)
+        if float(found.voxels.max()) > voxels:
+            detail = f"{what}: a class of more than {voxels} voxels, which no patches hold"
+            return expected.refuse(RefusalReason.WRONG_SCHEMA, detail)
+        return found
+
+
+def _digest(style: Tensor) -> str:
+    return hashlib.sha256(style.contiguous().numpy().tobytes()).hexdigest()
 
 
 class Facts(Frozen):

@@ -106,7 +106,7 @@ class HarmonyStrategy(Strategy):
             QuorumError: fewer sites or cases were admitted than the study needs.
         """
         total = RoundSum(self.study, server_round, self.schema.numel, by_cases=self._by_cases)
-        held = self.state.statistics
+        held = self.state.statistics and self.state.statistics.of_next_round()
         for site, verdict, said in self._verdicts(replies, server_round):
             refused = verdict if isinstance(verdict, Refusal) else total.take(site, verdict)
             if refused is not None:

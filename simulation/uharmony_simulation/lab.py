@@ -79,7 +79,7 @@ def plan(lab: Lab, study: Study, simulation: Simulation) -> list[Group]:
 def _check_different(tasks: Sequence[Task]) -> None:
     names: dict[str, str] = {}
     for task in tasks:
-        same = names.setdefault(task.study.digest, task.arm.name)
+        same = names.setdefault(_trained(task).digest, task.arm.name)
         if same != task.arm.name:
             raise ConfigError(
                 f"arms {same} and {task.arm.name} are one study under two names; leave one out"
@@ -141,11 +141,17 @@ def _chains(group: Group, done: Container[str]) -> list[Group]:
     for task in group:
         chains.setdefault(task.study.with_method(METHOD_ALONE).digest, []).append(task)
     left: list[Group] = []
-    for alone, chain in chains.items():
-        first = [task for task in chain if task.study.digest == alone and task.name not in done]
-        rest = [task for task in chain if task.study.digest != alone and task.name not in done]
+    for chain in chains.values():
+        todo = [task for task in chain if task.name not in done]
+        first = [task for task in todo if task.arm.method == METHOD_ALONE]
+        rest = [task for task in todo if task.arm.method != METHOD_ALONE]
         left += [(*first, *rest)] if first else _released(rest)
     return left
+
+
+def _trained(task: Task) -> Study:
+    """The study as its arm trains it: what does not matter to a site alone is left out there."""
+    return task.study.with_method(task.arm.method)
 
 
 def _released(tasks: Sequence[Task]) -> list[Group]:

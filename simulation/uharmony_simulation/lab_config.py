@@ -240,6 +240,11 @@ def conditions(simulation: Simulation, study: Study, cell: Cell) -> Simulation:
     if cell.shift != "none":
         changes["scanners"] = dict(_scanners(cell, names))
     changes |= _losses(study, cell, names)
+    if cell.labelled is not None and cell.dropout:
+        raise ConfigError(
+            f"cell {cell.name}: the one site with labels would miss rounds, and a round without it "
+            "teaches nobody; leave out labelled or dropout"
+        )
     if cell.labelled is not None:
         first, *others = names
         changes["labels"] = {first: cell.labelled, **dict.fromkeys(others, "none")}

@@ -119,7 +119,7 @@ def find_unlabelled(
 
 def training_table(table: CaseTable, study: Study) -> CaseTable:
     """The table as training takes it; it has its splits."""
-    return table if study.rule == "none" else table.with_unlabelled()
+    return table.with_unlabelled() if study.takes_unlabelled else table
 
 
 def trains_on_labels(table: CaseTable, config: SiteConfig) -> bool:

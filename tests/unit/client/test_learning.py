@@ -21,7 +21,7 @@ from tests.support.few_labels import (
     stored,
     study_of,
 )
-from uharmony_client.learning import Given, objective_of
+from uharmony_client.learning import Given, cases_learned_from, objective_of
 from uharmony_client.objective import Supervised
 from uharmony_client.personal import UNLABELLED, local_parameters, own_model
 from uharmony_client.semi_supervised import SemiSupervised
@@ -267,3 +267,14 @@ def test_a_teacher_is_no_second_copy_in_the_partition():
     state: dict[str, Tensor] = {**place.network().state_dict(), **result.local}
     with pytest.raises(Exception, match="too many"):
         Partition.of(place.network(), study.plan.local).split(state)
+
+
+# --- how many cases it counts --------------------------------------------------------------------
+
+
+def test_only_cases_that_are_learned_from_are_counted():
+    data = data_of(stored(3), stored(5, seed=1))
+    assert cases_learned_from(data, study_of("none", "fedavg")) == 3
+    assert cases_learned_from(data, study_of("fixmatch", "fedavg")) == 8
+    # A site that learns from none counts all it has: its update weighs nothing.
+    assert cases_learned_from(data_of([], stored(5)), study_of("none", "fedavg")) == 5

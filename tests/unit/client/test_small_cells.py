@@ -143,6 +143,15 @@ def test_cases_are_counted_once_however_many_classes_there_are():
     }
 
 
+@pytest.mark.parametrize(("share", "told"), [(0.374, 0.37), (0.0, 0.0), (1.0, None)])
+def test_the_share_that_taught_is_told_over_enough_cases_alone(share, told):
+    study = tiny_study(method="ust-run-fed")
+    enough = update_values(11, 0.5, study, Policy(), share=share)
+    assert enough.get("taught") == told
+    few = update_values(10, 0.5, study, Policy(), share=share)
+    assert few.get("taught") == (0.0 if share == 0 else None)
+
+
 def test_only_what_the_study_asks_for_leaves():
     found = summary(rows("mr", [0.5] * 12), evaluation={"metrics": ["fp_per_case"]})
     assert set(found) == {"test/north/mr/blob/n_cases", "test/north/mr/blob/fp_per_case"}

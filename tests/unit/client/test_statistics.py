@@ -291,7 +291,7 @@ def test_the_policy_is_shown_in_words():
     alone = tiny_study(method="local", unlabelled={"rule": "glua"})
     assert statistics_view(BOTH, alone) == "nothing, the study does not ask for it"
     shown = statistics_view(Policy(statistics=("amplitude",)), study_of())
-    assert shown.startswith("a mean style of 11 training patients or more, once, without any pri")
+    assert shown.startswith("a mean style of 11 training patients or more, 27 numbers, once, ")
     assert shown.endswith("no prototypes, policy.statistics does not name them")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -259,3 +260,38 @@ def test_a_flipped_bit_in_them_is_a_damaged_checkpoint(tmp_path):
     path.write_bytes(data)
     with pytest.raises(StoreError, match="none of 1 checkpoints"):
         load_latest(tmp_path, STUDY.digest, SCHEMA)
+
+
+def test_tables_that_pass_alone_and_not_together_stop_nobody(gathering):
+    """Far means make the variance of all too large for the sites: the newcomer is left out."""
+    held, refused = take(gathering, {"prototypes": prototypes(tables(mean=0.0))})
+    assert refused == []
+    far = prototypes(tables(mean=1e4), site="south")
+    held, refused = take(gathering, {"prototypes": far}, held=held, site="south")
+    assert [r.reason for r in refused] == [RefusalReason.WRONG_SCHEMA]
+    assert set(held.prototypes) == {"north"}
+    combined = gathering.payload(held, 5, wire.BASE)
+    assert combined is not None
+    open_combined(combined, FORM)
+
+
+def test_a_count_that_no_patches_hold_is_refused(gathering):
+    most = 1000 * 4 * math.prod(STUDY.training.patch)  # max_cases, patches of a case
+    honest, boast = tables(voxels=float(most)), tables(voxels=float(2 * most))
+    assert take(gathering, {"prototypes": prototypes(honest)})[1] == []
+    (refused,) = take(gathering, {"prototypes": prototypes(boast)})[1]
+    assert refused.reason is RefusalReason.WRONG_SCHEMA
+
+
+def test_prototypes_are_those_of_one_round_and_styles_stay():
+    held = Gathered({"north": style()}, {"north": tables()})
+    following = held.of_next_round()
+    assert following.prototypes == {}
+    assert torch.equal(following.styles["north"], style())
+
+
+def test_the_order_of_styles_does_not_tell_whose_they_are():
+    one, other = style(0.1), style(0.9)
+    first = Gathered({"a": one, "b": other}).combined().styles
+    second = Gathered({"a": other, "b": one}).combined().styles
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))

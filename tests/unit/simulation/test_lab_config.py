@@ -81,6 +81,23 @@ def test_only_what_a_site_trains_alone_is_waited_for():
     assert chains("fedavg", "local-9") == [["local", "uharmony", "ordered"], ["fedavg-9"]]
 
 
+def test_a_study_with_settings_of_its_own_still_trains_its_sites_alone_first():
+    """The local arm is known by its method: what does not matter to it may be set all the same."""
+    for changed in ({"network": {"harmonization": {"order": 2}}}, {"unlabelled": {"weight": 2.0}}):
+        (group,) = plan(lab(arms=["fedavg", "local"]), tiny_study(**changed), RANDOM)
+        chains = [[task.arm.name for task in chain] for chain in _chains(group, ())]
+        assert chains == [["local", "fedavg"]]
+    twice = [{"name": "local-2", "method": "local", "set": {"network.harmonization.order": 2}}]
+    with pytest.raises(ConfigError, match="one study under two names"):
+        plan(lab(arms=["local", *twice]), tiny_study(), RANDOM)
+
+
+def test_the_one_site_with_labels_does_not_miss_rounds():
+    _, study, simulation = load_lab(Path("examples/studies/hippocampus-few-labels.yaml"))
+    with pytest.raises(ConfigError, match="leave out labelled or dropout"):
+        conditions(simulation, study, Cell(labelled=8, dropout=0.5))
+
+
 def test_one_study_under_two_names_is_refused():
     as_it_is = {"training.rounds": tiny_study().training.rounds}
     twice = ["fedavg", {"name": "same", "method": "fedavg", "set": as_it_is}]
