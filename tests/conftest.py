@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,13 @@ ROOT = Path(__file__).resolve().parent.parent
 def _one_thread():
     # Bit-identity is claimed for equal thread counts, so the tests fix theirs.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _an_interrupt_interrupts():
+    # A shell's background job ignores SIGINT, and so would the processes that tests start from it.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

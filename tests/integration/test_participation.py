@@ -137,18 +137,21 @@ def test_every_site_is_measured_whoever_took_part(broken):
     assert measured == {(round_, site) for round_ in (2, 3) for site in SITES}
 
 
-def test_other_ways_to_send_follow_the_record_too(tmp_path, data):
+def test_only_training_follows_the_record(tmp_path, data):
     run = Run(tmp_path, data)
     inner = InProcessGrid(make_client_app(run.opener), SITES)
     grid = ParticipationGrid(inner, BROKEN)
     assert list(grid.get_node_ids()) == [1, 2, 3]
     assert dict(inner.sites) == {1: "alpha", 2: "beta", 3: "gamma"}
-    asked = [grid.create_message(RecordDict(), "train", node, "2") for node in (1, 2, 3)]
-    identifiers = list(grid.push_messages(asked))
-    assert len(identifiers) == 2
-    assert [m.metadata.src_node_id for m in grid.pull_messages(identifiers)] == [1]
-    others = [grid.create_message(RecordDict(), "evaluate", node, "2") for node in (1, 2, 3)]
-    assert len(list(grid.pull_messages(grid.push_messages(others)))) == 3
+
+    def answered(kind: str) -> list[int]:
+        asked = [grid.create_message(RecordDict(), kind, node, "2") for node in (1, 2, 3)]
+        return [reply.metadata.src_node_id for reply in grid.send_and_receive(asked)]
+
+    assert answered("train") == [1]
+    assert answered("evaluate") == [1, 2, 3]
+    with pytest.raises(NotImplementedError, match="use send_and_receive"):
+        grid.push_messages([])
 
 
 def test_a_site_that_does_not_exist_is_named():
@@ -191,7 +194,8 @@ def test_the_command_runs_it_and_keeps_two_runs_apart(capsys, home, data):
     first = json.loads(outcome.read_text())["weights"]
     # Evaluation differs from that of `broken`, but changes no weights.
     site = yaml.safe_load((home / "out/sites/alpha/site.yaml").read_text())
-    assert site["policy"] == {"min_cases": 1, "allow_rollback": True}
+    given = ["amplitude", "prototypes"]
+    assert site["policy"] == {"min_cases": 1, "allow_rollback": True, "statistics": given}
     again = start(capsys, home, data, "--participation", home / "broken.json", "--resume")
     assert again == (0, "")
     code, said = start(capsys, home, data, "--resume")

@@ -9,16 +9,21 @@ import nibabel as nib
 import pytest
 import yaml
 
-from tests.support.tiny import ARMS, command, simulate
+from tests.support.tiny import command, simulate
 from uharmony_client.predict import app as predict
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+# One of each kind of network, norm and training; every arm runs on tiny volumes in test_run.
+ARMS = (
+    *("local", "pooled", "fedavg", "fedbn", "gperxan", "fedrep", "ditto", "uharmony", "u2net"),
+    "glua-fed",
+)
 SITES = {"hippocampus": {"f_200k", "f_500", "u8_range"}, "sarcoma": {"CT", "MRT1", "PET"}}
 
 
 @pytest.mark.data
 @pytest.mark.parametrize("name", SITES)
-def test_every_arm_runs_on_real_volumes(real_volumes, tmp_path, capsys, name):
+def test_every_kind_of_arm_runs_on_real_volumes(real_volumes, tmp_path, capsys, name):
     content = yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text())
     content["training"].update({"rounds": 1, "local_steps": 1, "batch_size": 2})
     content["network"]["features"] = [4, 8, 16]

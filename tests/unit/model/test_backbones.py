@@ -191,7 +191,8 @@ def test_methods_serve_unseen_sites_only_where_what_is_local_is_a_residual():
     without = {name for name, method in METHODS.items() if not serves(method)}
     assert without == {
         *("local", "pooled", "pooled-uharmony", "fedbn", "fedbn-in", "silobn", "gperxan"),
-        *("fedper", "fedrep", "lg-fedavg", "u2net", "u2net-pooled"),
+        *("fedper", "fedrep", "lg-fedavg", "u2net", "u2net-pooled", "labelled-only", "adabn"),
+        *("mean-teacher", "fixmatch", "entropy-min", "ust-run", "glua"),
     }
     assert all(METHODS[n].local == EVERYTHING for n in ("local", "pooled", "u2net-pooled"))
 
