@@ -12,7 +12,8 @@ The hardest unlabelled patch of the step before is one more sample of x_ul: with
 and a labelled patch in the box around both foregrounds. After Ma et al. 2024 (arXiv:2404.08951)
 and 2025 (arXiv:2505.24567), as published. Ours: the 3D form; styles that other sites gave in place
 of the batch's own, and L_sup on x'_l at a site that has nothing to paste into; at a site without
-labels the reliable queue is what is pasted, and while it is empty only s_u is learned from.
+labels the reliable queue is what is pasted, and while it is empty nothing is learned: what a
+teacher is sure of then is background.
 """
 
 from __future__ import annotations
@@ -139,6 +140,9 @@ class UstRun(WithTeacher):
             of, y_lu = paste(styled, strong, mask), pasted(sources.truth, direct, mask)
             total = masked_loss(network(into.image, into.domain, drop=drop), into.label, task)
             total = total + masked_loss(network(of, sources.domain, drop=drop), y_lu, task)
+        elif settings.copy_paste and settings.queue:
+            # Nothing reliable to paste yet: background alone is certain, and would be learned.
+            guide = PseudoLabel(direct.label, torch.zeros_like(direct.certain))
         self.learned_from(guide.share)
         weight = settings.weight * ramp_up(self.progress(round_, step))
         loss = total + weight * masked_loss(network(strong, domain, drop=drop), guide, task)

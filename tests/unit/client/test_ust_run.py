@@ -255,9 +255,8 @@ def test_at_a_site_without_labels_the_queue_is_what_is_pasted():
     found, wanted = both(study, data)
     assert close(found, wanted)
     without = {k: v for k, v in carried().items() if not k.startswith("queue/")}
-    empty, plain = both(study, data, without)
-    assert close(empty, plain)
-    assert float(empty) < float(found)  # the strong view alone
+    empty, _ = both(study, data, without)
+    assert float(empty) == 0  # nothing reliable is known yet, and sure background teaches nothing
 
 
 def test_what_hides_in_background_is_not_certain():
