@@ -24,7 +24,7 @@ from uharmony_model.errors import ConfigError, StoreError, TrainingError
 from uharmony_model.exchange.partition import Partition
 from uharmony_model.exchange.parts import place_of
 from uharmony_model.extension import extend_state
-from uharmony_model.extension_line import keep_line_apart, read_line
+from uharmony_model.extension_line import read_line
 from uharmony_model.frozen import parse
 from uharmony_model.inference import predict_logits
 from uharmony_model.methods import EVERYTHING, Place
@@ -149,16 +149,6 @@ def merged(partition: Partition, state: State) -> State:
     )
 
 
-def open_model(folder: Path, site: str | None) -> Model:
-    """A model as `load_bundle` gives it, computing what it had before it grew as it did."""
-    model = load_bundle(folder, site)
-    own = None if site is None else _entry(folder, site).own
-    keep_line_apart(
-        model.network, folder, model.study if own is None else model.study.with_method(own)
-    )
-    return model
-
-
 def require_same_outputs(
     old: OldModel, grown: Path, new: Study, volume: StoredVolume
 ) -> tuple[str, ...]:
@@ -173,7 +163,7 @@ def require_same_outputs(
     unseen = (None,) if old.study.plan.serves_unseen else ()
     compared = []
     for site in (*unseen, *old.sites):
-        theirs, ours = open_model(old.folder, site), open_model(grown, site)
+        theirs, ours = load_bundle(old.folder, site), load_bundle(grown, site)
         for domain, name in enumerate(theirs.domains or ("all residuals zero",)):
             label = name if site is None else f"{site}/{name}"
             index = None if site is None else domain

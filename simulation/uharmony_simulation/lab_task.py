@@ -189,7 +189,7 @@ def run_task(
     for site in opened:
         rows = _rows(site, arm.study)
         if state is not None and not bool(site.annotated.all()):
-            whole = SiteOpener(arm, where, machine, stores).named(POOLED)
+            whole = opener.named(POOLED)
             add_unannotated(rows, site, whole, unflatten(state.global_, schema))
         record["cases"] += rows
     if swap and state is not None and not arm.study.plan.pooled:

@@ -35,7 +35,10 @@ from uharmony_simulation.study_classes import (
 from uharmony_simulation.study_order import arms_in_order, in_order, shown
 from uharmony_simulation.study_regimes import Alone, Regimes, alone_of, several
 
-REFERENCES = (LOCAL, "fedavg", "fedbn", "lg-fedavg", "pooled")
+REFERENCES = (
+    *(LOCAL, "fedavg", "fedbn", "lg-fedavg", "pooled"),
+    *("labelled-only", "labelled-only-fed"),
+)
 
 
 @dataclass(frozen=True)

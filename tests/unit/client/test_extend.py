@@ -17,7 +17,7 @@ from tests.support import published as support
 from tests.support.nifti_files import read_nifti
 from uharmony_client import extend as module
 from uharmony_client.app import main
-from uharmony_client.extend_model import OFF, OldSite, grown_site, open_model
+from uharmony_client.extend_model import OFF, OldSite, grown_site
 from uharmony_client.extend_options import grown_study
 from uharmony_client.predict import main as predict_main
 from uharmony_model.bundle import load_bundle, save_bundle
@@ -153,7 +153,7 @@ def random_image(channels: int, seed: int = 77) -> Tensor:
 
 
 def logits(folder: Path, site: str | None, x: Tensor) -> list[Tensor]:
-    model = open_model(folder, site)
+    model = load_bundle(folder, site)
     with torch.no_grad():
         if site is None:
             return [model.network(x)]
@@ -256,7 +256,7 @@ def test_a_modality_more_is_a_channel_that_old_sites_lack(tmp_path, cases, exten
     entry = json.loads((out / "sites/north.json").read_text())
     assert entry["modalities"] == ["T1"]
     assert json.loads((out / "sites/here.json").read_text())["modalities"] == ["T1", "PT"]
-    study = open_model(out, "here").study
+    study = load_bundle(out, "here").study
     assert (study.task.channels, study.task.intensity["PT"].model_dump()["high"]) == (2, 300.0)
     both = torch.cat((image, image, here, here), 1)
     with_pt, without = (logits(out, "here", x)[0] for x in (both, after))
@@ -314,7 +314,7 @@ def test_a_model_without_entries_takes_a_site(tmp_path, cases, extend):
     code, said, error = extend(tmp_path / "bare", folder, out)
     assert code == 0, error
     assert "no old site is in the folder to compare" in said[-2]
-    assert open_model(out, "here").domains == ("here",)
+    assert load_bundle(out, "here").domains == ("here",)
 
 
 def test_without_residuals_of_the_head_the_new_class_is_on_at_old_sites(tmp_path, cases, extend):
