@@ -6,10 +6,12 @@ import shutil
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.memory import peak_in_a_child
 from benchmarks.rows import Row, at_most, interleaved
+from uharmony_model.depthwise_conv import depthwise_conv
 from uharmony_model.harmonize import harmonize
 from uharmony_model.network_settings import Harmonization
 
@@ -20,7 +22,7 @@ DOMAINS = ("a", "b", "c")
 def layer(channels: int, **settings: object) -> nn.Module:
     """One harmonisation layer behind the interface a network has."""
     plain = nn.Sequential(nn.InstanceNorm3d(channels, affine=True))
-    chosen = Harmonization.model_validate({"stem": False, "head": False, **settings})
+    chosen = Harmonization.model_validate({"residuals": ["phi"], **settings})
     return harmonize(plain, domains=DOMAINS, settings=chosen)
 
 
@@ -57,7 +59,26 @@ def rows() -> list[Row]:
             label = f"layer {size}: {name} v. InstanceNorm3d"
             ratio = milliseconds / times["InstanceNorm3d"]
             found.append(at_most(label, milliseconds, "ms", ratio, limit))
-    return [*found, *_memory()]
+    return [*found, *_depthwise(), *_memory()]
+
+
+def _depthwise() -> list[Row]:
+    # At the stem of a patch, where a depthwise residual or 3D U2-Net spends its time.
+    x, weight = torch.randn(2, 16, 32, 48, 32), torch.randn(16, 1, 3, 3, 3)
+    dy = torch.randn_like(x)
+    x.requires_grad_()
+    weight.requires_grad_()
+
+    def passes(convolved: Callable[[], Tensor]) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(convolved(), (x, weight), dy)
+
+    works = {
+        "ours": passes(lambda: depthwise_conv(x, weight)),
+        "torch's": passes(lambda: F.conv3d(x, weight, padding=1, groups=16)),
+    }
+    times = interleaved(works, repeats=9)
+    ratio = times["ours"] / times["torch's"]
+    return [at_most("depthwise convolution v. torch's own", times["ours"], "ms", ratio, 0.5)]
 
 
 def one_pass(kind: str) -> None:

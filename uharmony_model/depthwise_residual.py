@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from uharmony_model.depthwise_conv import depthwise_conv
 from uharmony_model.domains import DomainSwitch, Selection
 from uharmony_model.methods import Part
 
@@ -50,8 +50,8 @@ class DepthwiseResidual(nn.Module):
         rows = selection.weights.to(self.kernel_residual.dtype)
         if selection.uniform:
             kernel = torch.einsum("k,kcoxyz->coxyz", rows[0], self.kernel_residual)
-            return F.conv3d(x, kernel, padding=EDGE // 2, groups=x.shape[1])
+            return depthwise_conv(x, kernel)
         # Samples become groups of one convolution, as a channel is one already.
         kernels = torch.einsum("bk,kcoxyz->bcoxyz", rows, self.kernel_residual).flatten(0, 1)
         wide = x.reshape(1, -1, *x.shape[2:])
-        return F.conv3d(wide, kernels, padding=EDGE // 2, groups=wide.shape[1]).view_as(x)
+        return depthwise_conv(wide, kernels).view_as(x)

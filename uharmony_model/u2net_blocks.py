@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from uharmony_model.depthwise_conv import depthwise_conv
 from uharmony_model.domains import DomainSwitch, Selection
 from uharmony_model.errors import NetworkError
 from uharmony_model.instance_affine import affine
@@ -56,14 +57,18 @@ class DomainConv(nn.Module):
         if selection.uniform:
             row = selection.weights[:1]
             weight, bias = _mixed(row, self.weight)[0], _mixed(row, self.bias)[0]
-            return F.conv3d(x, weight, bias, padding=self.padding, groups=self.groups)
+            return self._convolved(x, weight, bias, self.groups)
         # Samples become groups of one convolution; one by one they are slower.
         weights = _mixed(selection.weights, self.weight).flatten(0, 1)
         biases = _mixed(selection.weights, self.bias).flatten()
         wide = x.reshape(1, -1, *x.shape[2:])
-        groups = self.groups * len(x)
-        y = F.conv3d(wide, weights, biases, padding=self.padding, groups=groups)
+        y = self._convolved(wide, weights, biases, self.groups * len(x))
         return y.reshape(len(x), self.outputs, *y.shape[2:])
+
+    def _convolved(self, x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> Tensor:
+        if groups == x.shape[1] == len(weight):
+            return depthwise_conv(x, weight, bias)
+        return F.conv3d(x, weight, bias, padding=self.padding, groups=groups)
 
     def extra_repr(self) -> str:
         """What torch prints between the brackets."""
