@@ -167,7 +167,7 @@ class Study(Frozen):
         """What leaves a site as named values: metrics, `cases` as the weight, the mean `loss`.
 
         Where cases without labels are learned from, `taught` is the share of their voxels that
-        taught something.
+        taught something, growing with training.
         """
         weight = ("cases",) if self.federation.weighting == "cases" else ()
         taught = ("taught",) if self.rule != "none" and self.plan.local != EVERYTHING else ()

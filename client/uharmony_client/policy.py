@@ -46,7 +46,8 @@ class Policy(Frozen):
     `clip_norm` bounds the L2 norm of an update (None leaves it). `share` names the parts of the
     model that may leave, `metrics` the named values: metrics, `cases` (the number of training
     cases, as the weight of an update), `loss`, and `taught` (the share of voxels of cases without
-    labels that taught something, a factor of that weight; 0 where a site trained nothing). A mean
+    labels that taught something, growing with training: a factor of that weight; 0 where a site
+    trained nothing). A mean
     that leaves always brings the number of cases it is over. Counts below `min_cases` leave as
     `<11`; 1 switches that off.
     `publish` names what may be published at the end, where a study asks for it: `experts` (the

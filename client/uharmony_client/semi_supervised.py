@@ -33,8 +33,9 @@ TEACHER = "teacher/"
 class SemiSupervised:
     """Draws both kinds of cases; `unlabelled_loss` is what a rule adds.
 
-    `share` is the mean share of unlabelled voxels that taught something; 1 at a site with labels.
-    In the first `warm_up` rounds a site without labels has the share 0.
+    `share` is 1 at a site with labels. Without any it is the mean share of voxels that taught
+    something, times lambda(t/T), which would be lost otherwise: a factor of a site's whole loss
+    changes no step of AdamW. In the first `warm_up` rounds it is 0. The factor is ours.
     """
 
     def __init__(self, data: LocalData, study: Study) -> None:
@@ -56,12 +57,13 @@ class SemiSupervised:
 
     @property
     def share(self) -> float:
-        """How much of what it saw taught it something."""
+        """How much what it learned is to weigh in the federation's mean."""
         if self.data.volumes:
             return 1.0
         if self._round <= self.settings.warm_up or not self._shares:
             return 0.0
-        return float(np.mean(self._shares))
+        grown = ramp_up(self.progress(self._round, self.study.training.local_steps))
+        return grown * float(np.mean(self._shares))
 
     def loss(self, network: nn.Module, round_: int, step: int, *, drop: bool) -> Tensor:
         """The supervised loss where there are labels, and the rule's."""
