@@ -24,8 +24,8 @@ class Harmonization(Frozen):
     order: Annotated[int, Field(ge=1, le=3)] = 1
     stage2: Literal["free", "affine", "revin", "off"] = "free"
     layers: Literal["all", "encoder", "decoder"] | PositiveInt = "all"
-    residuals: tuple[Residual, ...] = ("phi", "stem", "head")
-    domain_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    residuals: tuple[Residual, ...] = ("phi", "stem", "depthwise")
+    domain_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     compiled: bool = False
 
     @field_validator("residuals")

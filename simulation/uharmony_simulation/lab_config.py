@@ -7,6 +7,7 @@
     seeds: [0, 1, 2]
     folds: 5                      every patient is tested once; else the study's own test split
     grid: {shift: [mixed-invert], strength: [0.5, 1, 2], sites: [4], cases: [44]}
+    set: {training.rounds: 40}    changes to the study itself, under all arms
 
 Every combination of the grid is a cell: the same sites and splits for all arms and seeds.
 """
@@ -147,6 +148,7 @@ class Lab(Frozen):
     seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (0,)
     folds: Annotated[int, Field(ge=2, le=100)] | None = None
     grid: Grid = Grid()
+    set: dict[str, JsonValue] = Field(default_factory=dict)
     swap: bool = True
     few_shot: tuple[Annotated[int, Field(ge=2)], ...] = (4,)
 
@@ -175,6 +177,7 @@ def load_lab(path: Path) -> tuple[Lab, Study, Simulation]:
     lab = parse(Lab, read_yaml(path), str(path))
     base = path.parent / lab.study
     study, section = load_study(base)
+    study = parse(Study, _changed(study, lab.set, str(path)), str(path))
     if not section:
         raise ConfigError(f"{base}: no simulation: section; it says where the volumes come from")
     simulation = parse(Simulation, section, f"{base}: simulation")
@@ -199,19 +202,25 @@ def changed_study(
     Raises:
         ConfigError: the arm sets a key that the study does not have, or a wrong value.
     """
+    content = _changed(study, arm.set, f"arm {arm.name}")
+    content |= {"method": arm.method, "seed": seed}
+    if folds is not None:
+        content["evaluation"] |= {"folds": folds, "fold": fold or 0}
+    return parse(Study, content, f"arm {arm.name}")
+
+
+def _changed(study: Study, changes: Mapping[str, JsonValue], who: str) -> dict[str, Any]:
+    """What the study says, with the values at dotted keys replaced."""
     content = study.model_dump(mode="json")
-    for key, value in arm.set.items():
+    for key, value in changes.items():
         *path, last = key.split(".")
         place: Any = content
         for step in path:
             place = place.get(step) if isinstance(place, dict) else None
         if not isinstance(place, dict) or last not in place:
-            raise ConfigError(f"arm {arm.name} sets {key}, which a study does not have")
+            raise ConfigError(f"{who} sets {key}, which a study does not have")
         place[last] = value
-    content |= {"method": arm.method, "seed": seed}
-    if folds is not None:
-        content["evaluation"] |= {"folds": folds, "fold": fold or 0}
-    return parse(Study, content, f"arm {arm.name}")
+    return content
 
 
 def conditions(simulation: Simulation, study: Study, cell: Cell) -> Simulation:

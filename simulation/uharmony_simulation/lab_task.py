@@ -70,10 +70,14 @@ class Task:
         }
 
     def made(self, record: dict[str, Any]) -> bool:
-        """Whether a record is of this task; settings that are newer must be at their defaults."""
+        """Whether a record is of this task; settings that are newer must be at their defaults.
+
+        What the method does not read may be anything: it decided nothing.
+        """
         declared = record.get("declared", {})
+        unread = () if self.study.plan.harmonized else ("harmonization",)
         return all(
-            _same(declared.get(name), model)
+            _same(declared.get(name), model, unread)
             for name, model in (
                 ("study", self.study),
                 ("simulation", self.simulation),
@@ -82,7 +86,7 @@ class Task:
         )
 
 
-def _same(recorded: object, current: BaseModel) -> bool:
+def _same(recorded: object, current: BaseModel, unread: Sequence[str]) -> bool:
     """Whether a recorded model is the current one, but for fields that did not exist then."""
     fields = type(current).model_fields
     if not isinstance(recorded, dict) or not recorded.keys() <= fields.keys():
@@ -90,11 +94,13 @@ def _same(recorded: object, current: BaseModel) -> bool:
     dumped = current.model_dump(mode="json")
     for name, field in fields.items():
         value = getattr(current, name)
+        if name in unread:
+            continue
         if name not in recorded:
             if value != field.get_default(call_default_factory=True):
                 return False
         elif isinstance(value, BaseModel):
-            if not _same(recorded[name], value):
+            if not _same(recorded[name], value, unread):
                 return False
         elif recorded[name] != dumped[name]:
             return False

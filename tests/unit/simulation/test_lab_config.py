@@ -118,7 +118,7 @@ def test_a_record_is_of_no_other_task_than_its_own():
         task(grid={"shift": ["noise"]}),
         task(grid={"without": ["site-1"]}),
         task(tiny_study(training={"rounds": 4})),
-        task(tiny_study(network={"harmonization": {"order": 2}})),
+        task(tiny_study(network={"norm": "layer"})),
         task(arms=[{"name": "fedavg", "method": "fedavg", "set": {"training.batch_size": 3}}]),
     ]
     for one in tasks:
@@ -139,6 +139,33 @@ def test_a_record_outlives_settings_that_are_newer_as_long_as_they_are_at_their_
     assert not plan(lab(arms=["uharmony"]), longer, RANDOM)[0][0].made(record)
     record["declared"]["study"]["colour"] = "red"
     assert not group[0].made(record)
+
+
+def test_what_a_method_does_not_read_makes_no_record_another():
+    changed = tiny_study(network={"harmonization": {"order": 2, "domain_dropout": 0.3}})
+    for method, same in (("fedavg", True), ("local", True), ("u2net", True), ("uharmony", False)):
+        now, then = (plan(lab(arms=[method]), s, RANDOM)[0][0] for s in (tiny_study(), changed))
+        assert now.made(json.loads(json.dumps({"declared": then.declared}))) is same
+
+
+def test_changes_to_the_study_reach_every_arm_and_an_arm_has_the_last_word(tmp_path):
+    (tmp_path / "study.yaml").write_text(
+        yaml.safe_dump({**study_content(), "simulation": RANDOM.model_dump(mode="json")})
+    )
+    declared = {
+        "name": "lab",
+        "study": "study.yaml",
+        "set": {"training.rounds": 7, "training.batch_size": 3},
+        "arms": ["fedavg", {"name": "b", "method": "fedprox", "set": {"training.batch_size": 5}}],
+    }
+    path = tmp_path / "lab.yaml"
+    path.write_text(yaml.safe_dump(declared))
+    (tasks,) = plan(*load_lab(path))
+    assert [task.study.training.rounds for task in tasks] == [7, 7]
+    assert [task.study.training.batch_size for task in tasks] == [3, 5]
+    path.write_text(yaml.safe_dump({**declared, "set": {"training.colour": 1}}))
+    with pytest.raises(ConfigError, match=r"lab\.yaml sets training.colour, which a study does not"):
+        load_lab(path)
 
 
 def test_an_arm_sets_keys_of_the_study_by_their_path():
