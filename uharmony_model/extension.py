@@ -5,6 +5,7 @@ What was trained is copied to its place. What is new starts so that the old is n
     a class        a new row of the head as a fresh network has it, behind the old ones
     a modality     a new input channel with a zero kernel
     a domain       local parameters as a fresh network has them: residuals are zero
+    residuals      of one kind more, zero at the old domains: W + 0 computes as W did
 
 Then the new entries alone are trained (`hold_old`). Logits of the old classes at the old sites stay
 as they were, for they use no new entry but on a channel that is zero there: with `task.presence`
@@ -19,7 +20,7 @@ background (`merge_unannotated`). All of this is ours.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,7 @@ from uharmony_model.exchange.partition import Partition
 from uharmony_model.exchange.parts import place_of
 from uharmony_model.grown_conv import Convolution, Parts, grown, is_grown, kernel_shape
 from uharmony_model.methods import Place
+from uharmony_model.network_settings import Network
 from uharmony_model.networks import build_network
 from uharmony_model.study import Study
 from uharmony_model.task import Task
@@ -71,15 +73,17 @@ def extend_state(
         raise ConfigError(
             f"the domains {again or list(domains)} are not new; name each new one once"
         )
-    before, _ = _fresh(old, known)
     after, network = _fresh(new, (*known, *domains))
+    state = {_within(name, after): tensor for name, tensor in state.items()}
+    before = {_within(name, after): tensor for name, tensor in _fresh(old, known)[0].items()}
     for name, tensor in state.items():
         if name not in before or before[name].shape != tensor.shape or name not in after:
             raise ConfigError(
                 f"{name} {tuple(tensor.shape)} is no tensor of the old study's network; give the "
                 "state of a model that was trained with it"
             )
-    added = {name for name in after if "@" in name and name.partition("@")[2] in domains}
+    theirs = domains if old.network == new.network else (*known, *domains)
+    added = {name for name in after.keys() - before.keys() if name.partition("@")[2] in theirs}
     if before.keys() != after.keys() - added:
         raise ConfigError(
             f"{', '.join(sorted(before.keys() ^ (after.keys() - added))[:3])}: the network of the "
@@ -108,13 +112,14 @@ def new_entries(
         ConfigError: the new study is not the old one grown.
     """
     axes = _grown_places(old, new)
-    before, _ = _fresh(old, known)
     after, network = _fresh(new, (*known, *domains))
+    before = {_within(name, after): tensor for name, tensor in _fresh(old, known)[0].items()}
     places = _places(network)
     masks = {}
     for name, fresh in after.items():
         if name not in before:
-            masks[name] = torch.ones_like(fresh)
+            learns = name.partition("@")[2] not in known
+            masks[name] = torch.full_like(fresh, float(learns))
             continue
         where = axes.get(places.get(_key(name)), _NOWHERE)
         roles = _roles(name, before[name].shape, fresh.shape, where)
@@ -146,7 +151,10 @@ def keep_apart(network: nn.Module, *line: Study) -> None:
     places = _places(network)
     modules = {key: module for key, module in _kernels(network).items() if not is_grown(module)}
     earlier = [_kernels(build_network(study, (_ANY,), seed=study.seed)) for study in line[:-1]]
-    shapes = [{key: kernel_shape(m) for key, m in made.items()} for made in (*earlier, modules)]
+    shapes = [
+        {_within(key, modules): kernel_shape(m) for key, m in made.items()}
+        for made in (*earlier, modules)
+    ]
     parts: dict[str, Parts] = {}
     for studies, (before, after) in zip(
         itertools.pairwise(line), itertools.pairwise(shapes), strict=True
@@ -196,7 +204,7 @@ def hold_old(
 def _grown_places(old: Study, new: Study) -> dict[Place | None, _Grown]:
     """What has grown in the first block and in the last."""
     same = (
-        ("network", old.network, new.network),
+        ("network", _with_residuals_of(old, new), new.network),
         ("method", old.method, new.method),
         ("task.overlapping", old.task.overlapping, new.task.overlapping),
         ("task.presence", old.task.presence, new.task.presence),
@@ -213,6 +221,24 @@ def _grown_places(old: Study, new: Study) -> dict[Place | None, _Grown]:
         )
     outputs = _Grown(tuple(range(old.task.outputs)), new.task.outputs, _FRESH)
     return {Place.FIRST_BLOCK: _inputs(old.task, new.task), Place.LAST_BLOCK: outputs}
+
+
+def _with_residuals_of(old: Study, new: Study) -> Network:
+    """The old network; residuals of one kind more change nothing as long as they are zero."""
+    layer = old.network.harmonization
+    more = new.network.harmonization.residuals
+    if not set(layer.residuals) <= set(more):
+        return old.network
+    grown_layer = layer.model_copy(update={"residuals": more})
+    return old.network.model_copy(update={"harmonization": grown_layer})
+
+
+def _within(name: str, names: Container[str]) -> str:
+    """A tensor's name, where a residual may have been put around its module since."""
+    key, at, domain = name.partition("@")
+    path, _, last = key.rpartition(".")
+    inside = f"{path}.shared.{last}{at}{domain}"
+    return inside if name not in names and inside in names else name
 
 
 def _inputs(old: Task, new: Task) -> _Grown:

@@ -2,8 +2,8 @@
 
 At an old site a new class is off: a bias of its own makes its logit so low that its probability is
 zero, so segmentations and probabilities of the old classes are the same too, not the logits alone.
-Where a site has no bias of its own (U-Harmony without residuals of the head), the class is on there
-and only the logits of the old classes are the same. Ours.
+With all residuals zero there is no such bias: the class is on there, and only the logits of the old
+classes are the same. Ours.
 """
 
 from __future__ import annotations
@@ -129,9 +129,11 @@ def grown_site(site: OldSite, old: OldModel, new: Study) -> OldSite:
     after = new if site.own is None else new.with_method(site.own)
     given = site.local if site.own is not None else {**old.shared, **site.local}
     state = extend_state(before, after, given)
-    local = {name: state[name] for name in site.local}
+    network = build_network(after, site.domains, seed=0)
+    own = Partition.of(network, after.plan.local if site.own is None else EVERYTHING).local_names
+    local = {name: state[name] for name in own}
     if new.task.outputs > old.study.task.outputs:
-        local = _off(local, build_network(after, site.domains, seed=0), before.task.outputs)
+        local = _off(local, network, before.task.outputs)
     # With one modality nobody had to name it; with two, old sites have to.
     only = tuple(old.study.task.intensity) if len(old.study.task.intensity) == 1 else ()
     return replace(site, local=local, modalities=site.modalities or only)

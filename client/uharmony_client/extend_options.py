@@ -23,6 +23,9 @@ from uharmony_model.study import Study
 def grown_study(old: Study, classes: Sequence[str], modalities: Sequence[str]) -> Study:
     """The study with classes NAME=VALUE[,VALUE...] and modalities NAME=POLICY[,KEY=VALUE...] more.
 
+    A class more brings residuals of the head, if domains have others: with a bias of its own an old
+    site can have it off.
+
     Raises:
         ConfigError: one is there already, clashes with an old one, or is not written so.
     """
@@ -46,7 +49,11 @@ def grown_study(old: Study, classes: Sequence[str], modalities: Sequence[str]) -
         task["intensity"][name] = policy
     if old.task.presence:
         task["channels"] = len(task["intensity"])
-    return parse(Study, {**old.model_dump(mode="json"), "task": task}, "--class or --modality")
+    content = {**old.model_dump(mode="json"), "task": task}
+    own = old.harmonization.residuals if old.plan.harmonized else ()
+    if classes and own:
+        content["network"]["harmonization"]["residuals"] = (*own, *{"head"}.difference(own))
+    return parse(Study, content, "--class or --modality")
 
 
 def require_channels(cases: Sequence[Case], old: Study, new: Study) -> None:

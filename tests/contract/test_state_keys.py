@@ -14,7 +14,8 @@ from uharmony_model.networks import build_network
 from uharmony_model.study import Study
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "state_keys_unet.json"
-LOCAL = {"gain", "shift", "rho", "lam", "weight_residual", "bias_residual"}
+LOCAL = {"gain", "shift", "rho", "lam", "weight_residual", "kernel_residual", "bias_residual"}
+EVERY = {"harmonization": {"residuals": ["phi", "stem", "depthwise", "head"]}}
 
 
 def test_a_small_unet_with_three_domains():
@@ -22,7 +23,7 @@ def test_a_small_unet_with_three_domains():
         {
             "name": "golden",
             "task": {"classes": {"core": 1}, "intensity": {"mr": {"policy": "zscore"}}},
-            "network": {"name": "unet", "features": [4, 8], "residual_units": 1},
+            "network": {"name": "unet", "features": [4, 8], "residual_units": 1, **EVERY},
         }
     )
     model = build_network(study, ("a", "b", "c"), seed=0)

@@ -78,7 +78,7 @@ def test_a_study_leaves_a_record_a_task_and_a_report(whole):
     one = found["none/uharmony_seed-0.json"]
     assert {row["part"] for row in one["swaps"]} == {
         "all that is local",
-        *("phi", "stem_residual", "head_residual"),
+        *("phi", "stem_residual", "depthwise_residual"),
     }
     assert {len(row) for row in one["matrix"].values()} == {2}
     page = (whole / "report.html").read_text()

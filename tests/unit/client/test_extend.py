@@ -317,19 +317,30 @@ def test_a_model_without_entries_takes_a_site(tmp_path, cases, extend):
     assert load_bundle(out, "here").domains == ("here",)
 
 
-def test_without_residuals_of_the_head_the_new_class_is_on_at_old_sites(tmp_path, cases, extend):
-    study = study_of("uharmony")
-    content = study.model_dump()
-    content["network"]["harmonization"]["residuals"] = ("phi", "stem")
+@pytest.mark.parametrize("residuals", [("phi", "stem"), ("depthwise",), ("phi", "stem", "head")])
+def test_a_class_brings_residuals_of_the_head_and_is_off_at_old_sites(
+    tmp_path, cases, extend, write_nifti, residuals
+):
+    content = study_of("uharmony").model_dump()
+    content["network"]["harmonization"]["residuals"] = residuals
     model = write_model(tmp_path / "model", Study.model_validate(content))
-    out = tmp_path / "out"
-    # The head's first rows are drawn; so many steps make the class win somewhere.
+    out, twice = tmp_path / "out", tmp_path / "twice"
     code, said, error = extend(model, cases(2), out, "--class", "tumour=3", steps=20)
     assert code == 0, error
+    new = load_bundle(out, "north").study.network.harmonization.residuals
+    assert set(new) == {*residuals, "head"}
+    # With all residuals zero there is no bias of a site's own to have it off.
+    assert "all residuals zero (logits; the new class is on there), north/n1, " in said[-2]
+    again = cases(2, name="again")
+    relabel(again, write_nifti, lambda label: np.where(label == 3, 4, label))
+    code, said, error = extend(out, again, twice, "--class", "cyst=4", name="there", steps=2)
+    assert code == 0, error
     x = random_image(1)
-    for ours, theirs in zip(logits(out, "north", x), logits(model, "north", x), strict=True):
-        assert torch.equal(ours[:, :3], theirs)
-    assert "the new class is on there" in said[-2]
+    before = logits(model, "north", x)
+    for folder in (out, twice):
+        for ours, theirs in zip(logits(folder, "north", x), before, strict=True):
+            assert torch.equal(ours[:, :3], theirs)
+            assert not ours.softmax(1)[:, 3:].any()
 
 
 def test_what_sites_published_goes_with_an_unchanged_network_alone(

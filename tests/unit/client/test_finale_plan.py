@@ -70,7 +70,7 @@ def test_ways_and_parts_are_those_of_the_network(method):
 
 
 def test_only_parts_that_the_network_has_are_said_to_stay():
-    assert "depthwise" not in stays_view(study_of())
+    assert stays_view(study_of()) == "depthwise_residual, phi, stem_residual"
     settings = {"name": "unet", "features": [4, 8], "harmonization": {"residuals": ["phi"]}}
     assert stays_view(study_of(network=settings)) == "phi"
     assert stays_view(study_of("ditto")) == "a whole model of the site's own"

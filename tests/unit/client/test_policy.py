@@ -29,7 +29,7 @@ def test_no_policy_allows_the_control_that_averages_residuals():
     assert [line.split()[3].rstrip(",") for line in lines] == [
         "phi",
         "stem_residual",
-        "head_residual",
+        "depthwise_residual",
     ]
 
 

@@ -10,7 +10,7 @@ from uharmony_model.exchange.partition import Partition
 from uharmony_model.exchange.schema import Schema
 from uharmony_model.harmonize import HarmonizedNetwork, harmonize
 from uharmony_model.methods import EVERYTHING, METHODS, RESIDUALS, Part
-from uharmony_model.network_settings import Harmonization
+from uharmony_model.network_settings import RESIDUAL_NAMES, Harmonization
 from uharmony_model.segmentation_network import SegmentationNetwork
 
 
@@ -18,7 +18,8 @@ def harmonised(*domains: str) -> HarmonizedNetwork:
     network = nn.Sequential(
         nn.Conv3d(1, 2, 1), nn.InstanceNorm3d(2, affine=True), nn.ReLU(), nn.Conv3d(2, 2, 1)
     )
-    return harmonize(network, domains=domains, settings=Harmonization(), stem=("0",), head=("3",))
+    settings = Harmonization(residuals=RESIDUAL_NAMES)
+    return harmonize(network, domains=domains, settings=settings, stem=("0",), head=("3",))
 
 
 SHARED = {

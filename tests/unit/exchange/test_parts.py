@@ -11,7 +11,7 @@ from uharmony_model.errors import PartitionError
 from uharmony_model.exchange.parts import part_of
 from uharmony_model.harmonize import harmonize
 from uharmony_model.methods import Part
-from uharmony_model.network_settings import Harmonization
+from uharmony_model.network_settings import RESIDUAL_NAMES, Harmonization
 
 AFFINE = {"weight": Part.NORM_AFFINE, "bias": Part.NORM_AFFINE}
 STATISTICS = dict.fromkeys(
@@ -69,7 +69,7 @@ def test_a_harmonised_network(stage2):
     model = harmonize(
         two_levels(),
         domains=("ct", "mr"),
-        settings=Harmonization(stage2=stage2),
+        settings=Harmonization(stage2=stage2, residuals=RESIDUAL_NAMES),
         stem=("0",),
         head=("3",),
     )

@@ -100,7 +100,7 @@ def test_what_is_kept_is_what_the_method_says(backbone):
     for method in ("local", "pooled", "pooled-uharmony"):
         assert kept(method) == set(build(backbone, method)[0].state_dict()), method
     names = {key.rpartition(".")[2] for key in kept("uharmony")}
-    assert names == {"gain", "shift", "rho", "lam", "weight_residual", "bias_residual"}
+    assert names == {"gain", "shift", "rho", "lam", "weight_residual", "kernel_residual"}
 
 
 @pytest.mark.parametrize("backbone", ["unet", "dynunet", "segresnet"])

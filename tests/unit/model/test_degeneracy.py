@@ -11,7 +11,7 @@ from uharmony_model.backbones import BACKBONES
 from uharmony_model.degeneracy import local_sensitivities
 from uharmony_model.errors import NetworkError
 from uharmony_model.harmonize import HarmonizedNetwork, harmonize, stacked_keys
-from uharmony_model.network_settings import Harmonization
+from uharmony_model.network_settings import RESIDUAL_NAMES, Harmonization
 from uharmony_model.networks import build_network
 from uharmony_model.study import Study
 
@@ -53,7 +53,7 @@ def test_every_local_tensor_of_a_transformer_matters():
     model = harmonize(
         swin,
         domains=("a",),
-        settings=Harmonization(),
+        settings=Harmonization(residuals=RESIDUAL_NAMES),
         stem=("swinViT.patch_embed", "encoder1.layer.conv1"),
         head=(table.head,),
     )

@@ -221,7 +221,9 @@ def test_running_statistics_are_held_too():
 
 def test_what_is_new_is_counted_by_hand():
     """A dynunet's head is one 1x1x1 convolution of 5 features; its residuals have K = 2 domains."""
-    old, new = study("dynunet"), study("dynunet", classes={**CLASSES, "tumour": 3})
+    layer = {"residuals": ["phi", "stem", "head"]}
+    old = study("dynunet", harmonization=layer)
+    new = study("dynunet", harmonization=layer, classes={**CLASSES, "tumour": 3})
     entries = new_entries(old, new, ("a", "b"))
     network = build_network(new, ("a", "b"), seed=0)
     assert entries.keys() == network.state_dict().keys()
@@ -231,7 +233,7 @@ def test_what_is_new_is_counted_by_hand():
     assert {key for key in entries if key not in held} == {
         key for key in entries if ".output_block." in f".{key}"
     }
-    with_modality = study("dynunet", modalities=(*MODALITIES, "mr"))
+    with_modality = study("dynunet", harmonization=layer, modalities=(*MODALITIES, "mr"))
     columns = new_entries(old, with_modality, ("a", "b"))
     stem = {key: mask for key, mask in columns.items() if mask.any()}
     for key, mask in stem.items():

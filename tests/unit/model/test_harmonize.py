@@ -16,7 +16,7 @@ from uharmony_model.errors import NetworkError
 from uharmony_model.harmonic_layer import HarmonicNorm
 from uharmony_model.harmonize import CHANNEL_AXIS, HarmonizedNetwork, harmonize, stacked_keys
 from uharmony_model.methods import Part
-from uharmony_model.network_settings import Harmonization
+from uharmony_model.network_settings import RESIDUAL_NAMES, Harmonization
 from uharmony_model.residual_conv import ResidualConv
 
 DOMAINS = ("scanner-a", "scanner-b", "scanner-c")
@@ -41,7 +41,7 @@ def harmonized(network: nn.Module | None = None, **settings) -> HarmonizedNetwor
     return harmonize(
         network or small(),
         domains=DOMAINS,
-        settings=Harmonization(**settings),
+        settings=Harmonization(**{"residuals": RESIDUAL_NAMES, **settings}),
         stem=("0",),
         head=("3",),
     )
@@ -145,8 +145,9 @@ def test_harmonising_twice_is_refused():
     ],
 )
 def test_wrong_paths_are_refused(paths, message):
+    settings = Harmonization(residuals=RESIDUAL_NAMES)
     with pytest.raises(NetworkError, match=message):
-        harmonize(small(), domains=DOMAINS, settings=Harmonization(), **paths)
+        harmonize(small(), domains=DOMAINS, settings=settings, **paths)
 
 
 @pytest.mark.parametrize("domains", ["scanner", ("a", "b", "a")])

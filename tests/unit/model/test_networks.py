@@ -14,7 +14,7 @@ from uharmony_model.errors import ConfigError, NetworkError
 from uharmony_model.harmonic_layer import HarmonicNorm
 from uharmony_model.harmonize import HarmonizedNetwork, stacked_keys
 from uharmony_model.methods import Part
-from uharmony_model.network_settings import Network
+from uharmony_model.network_settings import RESIDUAL_NAMES, Network
 from uharmony_model.networks import (
     build_network,
     check_patch,
@@ -40,6 +40,9 @@ SMALLEST = {
 EACH = pytest.mark.parametrize(
     "name", [pytest.param(n, marks=pytest.mark.slow) if n == "swinunetr" else n for n in BACKBONES]
 )
+
+
+EVERY = {"residuals": RESIDUAL_NAMES}
 
 
 def study(name: str, method: str = "uharmony", **network) -> Study:
@@ -158,7 +161,7 @@ HEADS = {
 
 @pytest.mark.parametrize(("name", "units"), STEMS)
 def test_stem_and_head(name, units):
-    model = build(name, residual_units=units)
+    model = build(name, residual_units=units, harmonization=EVERY)
     parts: dict[Part, set[str]] = {Part.STEM_RESIDUAL: set(), Part.HEAD_RESIDUAL: set()}
     for path, module in model.network.named_modules():
         if isinstance(module, ResidualConv):
@@ -169,7 +172,7 @@ def test_stem_and_head(name, units):
 
 @EACH
 def test_the_head_is_the_last_convolution_that_runs(name):
-    model = build(name)
+    model = build(name, harmonization=EVERY)
     order: list[nn.Module] = []
     for module in model.modules():
         if isinstance(module, nn.Conv3d | nn.ConvTranspose3d):

@@ -25,6 +25,7 @@ from uharmony_model.test_time import (
     search_mixture,
 )
 
+LAYER = Harmonization(residuals=("phi", "head"))
 FAST = MixtureSearch(steps=30, rate=0.3)
 
 
@@ -36,7 +37,7 @@ def network(*experts: str) -> HarmonizedNetwork:
         first.weight.fill_(1.0)
         head.weight[:, 0, 0, 0, 0] = torch.tensor([-1.0, 1.0])
     layers = nn.Sequential(first, nn.InstanceNorm3d(1), head)
-    model = harmonize(layers, domains=experts, settings=Harmonization(), head=("2",))
+    model = harmonize(layers, domains=experts, settings=LAYER, head=("2",))
     weight = model.get_parameter("network.2.weight_residual")
     bias = model.get_parameter("network.2.bias_residual")
     with torch.no_grad():

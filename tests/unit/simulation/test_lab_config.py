@@ -164,7 +164,7 @@ def test_changes_to_the_study_reach_every_arm_and_an_arm_has_the_last_word(tmp_p
     assert [task.study.training.rounds for task in tasks] == [7, 7]
     assert [task.study.training.batch_size for task in tasks] == [3, 5]
     path.write_text(yaml.safe_dump({**declared, "set": {"training.colour": 1}}))
-    with pytest.raises(ConfigError, match=r"lab\.yaml sets training.colour, which a study does not"):
+    with pytest.raises(ConfigError, match=r"lab\.yaml sets training\.colour, which a study"):
         load_lab(path)
 
 
