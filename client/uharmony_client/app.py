@@ -11,10 +11,12 @@ import click
 import typer
 from rich.console import Console
 
+from uharmony_client import ledger_commands, results_commands
 from uharmony_client.home import Home
+from uharmony_client.results_commands import Json
 from uharmony_client.site_config import SiteConfig
 from uharmony_model.atomic import write_atomic
-from uharmony_model.errors import ConfigError, StoreError
+from uharmony_model.errors import ConfigError
 from uharmony_model.exchange.joining import JoinCode
 from uharmony_model.frozen import parse
 from uharmony_model.study import Study, load_study
@@ -25,11 +27,8 @@ app = typer.Typer(
     invoke_without_command=True,
     help="A hospital's side of a study. Without a command: run the service of the site.",
 )
-ledger_app = typer.Typer(no_args_is_help=True, help="What has left this building.")
-app.add_typer(ledger_app, name="ledger")
+app.add_typer(ledger_commands.app, name="ledger")
 
-_SHORT = 120  # characters of values that are shown without being asked for
-Json = Annotated[bool, typer.Option("--json", help="for machines")]
 _TEMPLATE = """# What only this hospital knows; nothing of this file is ever sent.
 name: {name}
 cases: {cases}          # a case table (.csv), or a folder in a known layout
@@ -202,60 +201,8 @@ def status(context: typer.Context, json_: Json = False) -> None:
         Console().print(status_view(home))
 
 
-@app.command()
-def evaluate(context: typer.Context, json_: Json = False) -> None:
-    """Compare the federated model with the site's own local-only model on its test split."""
-    from uharmony_client.results_view import results_json, results_view
-
-    results, _ = _results(Home.find(context.obj))
-    if json_:
-        print(results_json(results))
-    else:
-        Console().print(results_view(results))
-
-
-@app.command()
-def report(
-    context: typer.Context,
-    out: Annotated[Path | None, typer.Option(help="HTML file; in the store when left out")] = None,
-) -> None:
-    """Write the site's own report: both models, every case, pictures. It stays here."""
-    from uharmony_client.site_report import write_site_report
-
-    home = Home.find(context.obj)
-    results, site = _results(home)
-    target = out or home.config.store / "report.html"
-    write_site_report(target, site, results)
-    print(f"report {target}")
-
-
-def _results(home: Home):  # type: ignore[no-untyped-def]  # its types would import torch
-    """Both models measured; the site's own one is trained first where that is not done yet."""
-    from uharmony_client.alone import train_alone
-    from uharmony_client.site import Site
-    from uharmony_client.site_models import federated_model
-    from uharmony_client.site_results import evaluate_site, require_measurable
-
-    site = Site.open(home.config, home.study())
-    model, training = federated_model(site), site.study.training
-    if not (model / "study.json").is_file():
-        raise ConfigError(f"{model}: no federated model yet; it comes after the study's last round")
-    require_measurable(site, model)
-    rounds = training.rounds
-
-    def place(round_: int) -> str:
-        return f"round {round_} of {rounds}" if round_ <= rounds else "last steps at home"
-
-    if not site.training_data().volumes:  # alone it has nothing to learn from
-        return evaluate_site(site, model), site
-    with Console(stderr=True).status("training the site's own model") as shown:
-        train_alone(
-            site,
-            on_step=lambda name, round_, step, loss: shown.update(
-                f"own model: {place(round_)}, step {step + 1}, loss {loss:.3f}"
-            ),
-        )
-    return evaluate_site(site, model), site
+app.command()(results_commands.evaluate)
+app.command()(results_commands.report)
 
 
 @app.command()
@@ -347,49 +294,6 @@ def leave(
     with home.only_one():
         for line in end(home, purge=purge):
             print(line)
-
-
-@ledger_app.command("show")
-def ledger_show(
-    context: typer.Context,
-    last: Annotated[int, typer.Option(min=1, help="how many entries")] = 20,
-    tensors: Annotated[bool, typer.Option("--tensors", help="each tensor and all values")] = False,
-) -> None:
-    """Show what has left, newest last."""
-    from collections import deque
-
-    from uharmony_client.ledger_check import show
-
-    for entry in deque(show(Home.find(context.obj).ledger), maxlen=last):
-        print(
-            f"{entry.seq:>6}  {entry.time}  {entry.kind:<8}  round {entry.round:<4} "
-            f"{entry.bytes:>12,} B  {entry.sha256 if tensors else entry.sha256[:16]}"
-        )
-        values = entry.text or "  ".join(f"{k}={v}" for k, v in entry.values.items())
-        if values and (tensors or len(values) <= _SHORT):
-            print(f"        {values}")
-        elif values:
-            print(f"        {len(entry.values)} values; see them with --tensors")
-        if entry.tensors and not tensors:
-            print(f"        {len(entry.tensors)} tensors")
-        for fact in entry.tensors if tensors else ():
-            shape = "x".join(map(str, fact.shape))
-            print(f"        {fact.name}  {shape}  {fact.dtype}  {fact.bytes:,} B  {fact.sha256}")
-
-
-@ledger_app.command("verify")
-def ledger_verify(context: typer.Context) -> None:
-    """Check every entry, the chain, the signatures and the coordinator's receipts; offline."""
-    from uharmony_client.ledger_check import verify
-    from uharmony_service.keys import load_ledger_key
-
-    home = Home.find(context.obj)
-    verdict = verify(home.ledger, load_ledger_key(home.identity.ledger_key).public_key())
-    for problem in verdict.problems:
-        print(problem)
-    if not verdict.whole:
-        raise StoreError(f"{home.ledger}: {len(verdict.problems)} problems in the ledger")
-    print(f"{verdict.entries} entries, whole; head {verdict.head.sha256}")
 
 
 def main() -> None:

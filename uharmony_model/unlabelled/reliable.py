@@ -9,10 +9,10 @@ teacher that segment the same unlabelled sample:
                 else              tau <- min(1.0005 tau, tau_0)
 
 Ours, each with its reason where it stands: classes that neither finds (`hardness`), samples that
-are judged one after the other (`offer`), a draw without repetition (`draw`), a lower bound of
-`_FLOOR` tau_0 for the threshold. Without that bound a single sample of h = 0, which a
-foreground of a few voxels easily gives, makes tau 0 for ever. The published Dice is smoothed, so
-that its tau stays above 0, but needs tens of thousands of steps to recover.
+are judged one after the other (`offer`), a lower bound of `_FLOOR` tau_0 for the threshold. Without
+that bound a single sample of h = 0, which a foreground of a few voxels easily gives, makes tau 0
+for ever. The published Dice is smoothed, so that its tau stays above 0, but needs tens of thousands
+of steps to recover.
 
 N entries, at most `capacity`; B samples; J classes.
 """
@@ -170,20 +170,6 @@ class ReliableQueue:
             hardness=_chosen(self.hardness, hardness, kept),
             threshold=threshold,
         )
-
-    def draw(self, generator: np.random.Generator, count: int) -> tuple[Tensor, Tensor]:
-        """Images (n, C, D, H, W) and labels (n, D, H, W) of n = min(count, N) entries.
-
-        All choices without repetition are equally likely. The published code draws with
-        repetition; ours does not, since few entries would be pasted twice in one step.
-
-        Raises:
-            ConfigError: `count` is below 0.
-        """
-        if count < 0:
-            raise ConfigError(f"{count} entries drawn from a queue; expected 0 or more")
-        chosen = torch.from_numpy(generator.permutation(len(self))[:count])
-        return self.images[chosen], self.labels[chosen]
 
     def tensors(self) -> dict[str, Tensor]:
         """What a site carries from round to round, float32 and uint8; `of` reads it again."""

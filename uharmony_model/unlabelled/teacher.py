@@ -5,11 +5,12 @@
 
 The average is Mean Teacher's (Tarvainen & Valpola 2017, arXiv:1703.01780), the ramp Temporal
 Ensembling's (Laine & Aila 2017, arXiv:1610.02242); both as in MiDSS (Ma et al. 2024,
-arXiv:2404.08951), whose decay is 0.99 and whose t/T moves in 200 steps. As long as
-step <= 1 / (1 - decay) - 1 the average is the plain mean of the students so far.
+arXiv:2404.08951), whose decay is 0.99. As long as step <= 1 / (1 - decay) - 1 the average is the
+plain mean of the students so far.
 
-Ours: buffers follow too. MiDSS moves parameters only and lets the teacher's norms see its own
-batches; a teacher that is used with its running statistics needs the student's.
+Ours: t/T moves at every step, MiDSS' in 200 larger ones. Buffers follow too: MiDSS moves parameters
+only and lets the teacher's norms see its own batches; a teacher that is used with its running
+statistics needs the student's.
 """
 
 from __future__ import annotations
@@ -45,23 +46,9 @@ def move_teacher(teacher: nn.Module, student: nn.Module, decay: float, step: int
                 old.copy_(new)
 
 
-def ramp_up(progress: float, steps: int | None = None) -> float:
-    """Weight of the unlabelled losses at `progress` t/T: from exp(-5) = 0.0067 at 0 to 1 at 1.
-
-    With `steps` it moves in that many equal steps of t/T (`stepped`); MiDSS has 200.
-    """
-    moved = _clamped(progress) if steps is None else stepped(progress, steps)
-    return math.exp(-5 * (1 - moved) ** 2)
-
-
-def stepped(progress: float, steps: int = 200) -> float:
-    """`progress`, rounded down to a multiple of `1 / steps`."""
-    # Rounded first: 0.29 * 100 is 28.999999999999996, and would lose a step.
-    return math.floor(round(_clamped(progress) * steps, 9)) / steps
-
-
-def _clamped(progress: float) -> float:
-    return min(max(progress, 0.0), 1.0)
+def ramp_up(progress: float) -> float:
+    """Weight of the unlabelled losses at `progress` t/T: from exp(-5) = 0.0067 at 0 to 1 at 1."""
+    return math.exp(-5 * (1 - min(max(progress, 0.0), 1.0)) ** 2)
 
 
 def _tensors(network: nn.Module) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -203,30 +202,6 @@ def test_an_offer_that_does_not_fit_is_refused():
     ):
         with pytest.raises(ConfigError, match="expected"):
             queue.offer(*offered)
-
-
-def test_a_draw_has_no_repetition_and_keeps_image_and_label_together():
-    queue = queue_of(0.09, 0.08, 0.07, 0.06, 0.05)
-    seen = Counter[tuple[int, ...]]()
-    for number in range(600):
-        images, labels = queue.draw(numpy_generator(number, "draw"), 2)
-        assert images.shape == (2, 1, *SIZE)
-        drawn = images[:, 0, 0, 0, 0].int().tolist()
-        assert labels[:, 1, 1, 1].tolist() == drawn
-        seen[tuple(sorted(drawn))] += 1
-    assert len(seen) == 10  # all pairs of five, 60 times each on average
-    assert min(seen.values()) > 30
-
-
-def test_a_draw_takes_at_most_what_is_there():
-    images, labels = queue_of(0.09, 0.08, 0.07).draw(numpy_generator(0, "draw"), 9)
-    assert sorted(images[:, 0, 0, 0, 0].tolist()) == [0, 1, 2]
-    assert len(labels) == 3
-    images, labels = ReliableQueue.empty(1, SIZE).draw(numpy_generator(0, "draw"), 4)
-    assert images.shape == (0, 1, *SIZE)
-    assert labels.shape == (0, *SIZE)
-    with pytest.raises(ConfigError, match="0 or more"):
-        queue_of(0.09).draw(numpy_generator(0, "draw"), -1)
 
 
 @pytest.mark.parametrize("numbers", [[], [0.5, 0.5], [0.07, 0.5, 0.031, 0.9, 0.9]])

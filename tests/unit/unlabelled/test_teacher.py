@@ -1,14 +1,13 @@
 from __future__ import annotations
 
 import copy
-import math
 
 import pytest
 import torch
 from torch import nn
 
 from uharmony_model.errors import NetworkError
-from uharmony_model.unlabelled.teacher import move_teacher, ramp_up, stepped
+from uharmony_model.unlabelled.teacher import move_teacher, ramp_up
 
 DECAY = 0.9
 
@@ -129,18 +128,3 @@ def test_the_ramp_is_its_formula():
     assert ramp_up(1) == 1.0
     assert ramp_up(-0.5) == ramp_up(0)
     assert ramp_up(1.5) == 1.0
-
-
-def test_in_steps_it_is_flat_between_them():
-    assert ramp_up(0.1049, steps=10) == ramp_up(0.1)
-    assert ramp_up(0.1999, steps=10) == ramp_up(0.1)
-    assert ramp_up(0.2, steps=10) == pytest.approx(math.exp(-5 * 0.8**2))
-    assert ramp_up(1.0, steps=10) == 1.0
-    assert stepped(-1) == 0.0
-    assert stepped(2) == 1.0
-
-
-@pytest.mark.parametrize("total", [600, 997, 30_000])
-def test_a_step_begins_where_whole_numbers_say(total):
-    for t in range(total + 1):
-        assert stepped(t / total) == (t * 200 // total) / 200
