@@ -53,6 +53,11 @@ class Answer:
     payloads: Mapping[Statistic, bytes]
     said: str
 
+    @property
+    def bytes(self) -> int:
+        """What its payloads weigh."""
+        return sum(map(len, self.payloads.values()))
+
 
 @dataclass(frozen=True, eq=False)
 class Gathered:

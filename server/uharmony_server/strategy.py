@@ -107,12 +107,14 @@ class HarmonyStrategy(Strategy):
         """
         total = RoundSum(self.study, server_round, self.schema.numel, by_cases=self._by_cases)
         held = self.state.statistics and self.state.statistics.of_next_round()
+        beside = 0  # bytes of what is no update
         for site, verdict, said in self._verdicts(replies, server_round):
             refused = verdict if isinstance(verdict, Refusal) else total.take(site, verdict)
             if refused is not None:
                 self._journal.refuse(refused)
             elif said is not None and self._gathering is not None:
                 expected = expected_from(self.study, self.state, site, server_round)
+                beside += said.bytes
                 held, bad = self._gathering.take(held or Gathered(), said, expected)
                 for one in bad:
                     self._journal.refuse(one)
@@ -134,7 +136,7 @@ class HarmonyStrategy(Strategy):
             global_=weights,
             momentum=momentum,
             norms=(*self.state.norms, *total.lengths),
-            bytes_up=(*self.state.bytes_up, total.bytes),
+            bytes_up=(*self.state.bytes_up, total.bytes + beside),
             counted=(*self.state.counted, tuple(sorted(total.norms))),
             uncounted=tuple(sorted({*self.state.uncounted, *in_vain})),
             statistics=held,

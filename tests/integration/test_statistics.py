@@ -173,6 +173,19 @@ def test_who_gives_nothing_says_why_and_receives_all_the_same(federation):
     assert not (run.folder / "stores" / "few" / "ledger").exists()
 
 
+def test_the_bytes_of_a_round_are_those_of_updates_and_of_statistics(federation):
+    run, state = federation
+    for number, counted in enumerate(state.bytes_up, start=1):
+        payloads = [
+            len(array.data)
+            for seen in run.round(number).values()
+            for record in seen.reply.content.array_records.values()
+            for array in record.values()
+        ]
+        assert len(payloads) == (6 if number == 1 else 4)
+        assert counted == sum(payloads)
+
+
 def test_a_style_is_asked_for_once(federation):
     run, _ = federation
     asked = {
