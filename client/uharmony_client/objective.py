@@ -24,7 +24,7 @@ Carried = Mapping[str, Tensor]
 class LocalData:
     """What a site trains on: opened volumes, the domain index of each, the classes annotated.
 
-    `unlabelled` are training cases whose labels are not there or may not be used.
+    `unlabelled` are training cases whose labels are not there or may not be used, by `names`.
     """
 
     site: str
@@ -33,6 +33,7 @@ class LocalData:
     annotated: Tensor
     unlabelled: Sequence[StoredVolume] = ()
     unlabelled_domains: Sequence[int] = ()
+    names: Sequence[str] = ()
 
     @property
     def cases(self) -> int:

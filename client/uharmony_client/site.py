@@ -130,6 +130,7 @@ class Site:
             annotated=self.annotated,
             unlabelled=[without_label(self.volumes[case.case]) for case in rest],
             unlabelled_domains=[self.domains.index(case.domain) for case in rest],
+            names=[case.case for case in rest],
         )
 
     def _labelled(self) -> frozenset[str]:

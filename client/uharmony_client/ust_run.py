@@ -18,6 +18,8 @@ teacher is sure of then is background.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -39,6 +41,7 @@ from uharmony_model.unlabelled.teacher import ramp_up
 
 HARDEST = "hardest/"
 QUEUED_DOMAINS = "queue/domains"  # one for each entry: the queue itself knows of none
+DRAWN_FROM = "drawn-from"  # SHA-256 of the cases
 # The source forces hardness to 1 in the first 500 of 30,000 steps.
 UNTRUSTED = 500 / 30_000
 
@@ -262,10 +265,12 @@ class UstRun(WithTeacher):
             found |= {**self._queue.tensors(), QUEUED_DOMAINS: self._queued_domains}
         if self._hardest is not None:
             found |= {f"{HARDEST}{name}": v for name, v in self._hardest.tensors().items()}
+        if self._queue is not None or self._hardest is not None:
+            found[DRAWN_FROM] = self._drawn_from()
         return found
 
     def restore(self, carried: Carried) -> None:
-        """Put them back.
+        """Put them back; but for patches of cases, where these are others now: one was withdrawn.
 
         Raises:
             StoreError: the queue is damaged.
@@ -273,6 +278,8 @@ class UstRun(WithTeacher):
         super().restore(carried)
         self._queue, self._hardest = None, None
         self._queued_domains = torch.empty(0, dtype=torch.int64)
+        if DRAWN_FROM in carried and not torch.equal(carried[DRAWN_FROM], self._drawn_from()):
+            return
         if QUEUED_DOMAINS in carried:
             self._queue = ReliableQueue.of(
                 carried,
@@ -286,3 +293,8 @@ class UstRun(WithTeacher):
             self._hardest = _Sample.of(
                 {k.removeprefix(HARDEST): v for k, v in carried.items() if k.startswith(HARDEST)}
             )
+
+    def _drawn_from(self) -> Tensor:
+        domains = self.data.unlabelled_domains if self.data.names else ()
+        text = json.dumps(sorted(zip(domains, self.data.names, strict=True)))
+        return torch.tensor(list(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8)

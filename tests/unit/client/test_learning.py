@@ -146,7 +146,7 @@ def test_two_rounds_are_one_run_that_never_stopped():
     state = network.state_dict()
     assert all(torch.equal(second.local[name], value) for name, value in state.items())
     carried = objective.outlives()
-    assert {"teacher", "queue", "hardest"} == {name.split("/")[0] for name in carried}
+    assert {"teacher", "queue", "hardest", "drawn-from"} == {name.split("/")[0] for name in carried}
     assert all(torch.equal(second.local[UNLABELLED + k], v) for k, v in carried.items())
 
 
@@ -162,7 +162,7 @@ def test_teacher_and_queue_are_carried_by_name_and_are_no_part_of_a_model(method
     extra = result.local.keys() - plain.local.keys()
     assert extra
     assert all(name.startswith(UNLABELLED) for name in extra)
-    assert {name.split("/")[1] for name in extra} == {"teacher", "queue", "hardest"}
+    assert {name.split("/")[1] for name in extra} == {"teacher", "queue", "hardest", "drawn-from"}
     assert result.update.numel() == place.base.numel()
     shared = {spec.name for spec in place.partition.shared_schema.tensors}
     assert not any(name.startswith(UNLABELLED) for name in shared)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -359,6 +360,31 @@ def test_what_is_switched_off_keeps_nothing(switch, absent):
     assert not [name for name in held if name.startswith(absent)]
     kept = {"queue/", "hardest/"} - set(absent)
     assert all(any(name.startswith(prefix) for name in held) for prefix in kept)
+
+
+@pytest.mark.parametrize(
+    ("change", "kept"),
+    [
+        ({}, True),
+        ({"names": ("one", "three")}, False),
+        ({"names": ("one",), "unlabelled_domains": (1,)}, False),
+        ({"unlabelled_domains": (0, 0)}, False),
+    ],
+)
+def test_patches_of_other_cases_than_there_are_now_are_forgotten(change, kept):
+    study = study_of("ust-run")
+    data = replace(data_of([], domains=2), names=("one", "two"))
+    before = UstRun(data, study, ())
+    before.restore(carried())
+    network = network_of(study, 0.0)
+    before.teacher(network)
+    after = UstRun(replace(data, **change), study, ())
+    after.restore(before.carried())
+    left = after.carried()
+    assert any(key.startswith("hardest/") for key in left) is kept
+    assert any(key.startswith("queue/") for key in left) is kept
+    teacher = after.teacher(network_of(study, 1.0)).state_dict()
+    assert all(torch.equal(teacher[k], v) for k, v in network.state_dict().items())
 
 
 def test_gradients_reach_the_student_alone_and_judging_makes_none():
