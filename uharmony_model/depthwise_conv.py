@@ -3,7 +3,8 @@
 On a processor torch computes the gradients of a convolution with as many groups as channels by
 its slow general path. Both are depthwise convolutions themselves, which its fast path knows: that
 of x is dy with the kernel turned over, that of the kernel is the padded x with dy as the kernel.
-Elsewhere torch's own convolution is used.
+Elsewhere torch's own convolution is used. The kernel's gradient is one float32 sum over the grid,
+3e-5 of its largest entry off at 96^3.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Convolve x (B, C, D, H, W) with weight (C, 1, k, k, k), k odd; the size of the grid stays."""
     padding = weight.shape[-1] // 2
-    if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+    if x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or not x.numel():
         return F.conv3d(x, weight, bias, padding=padding, groups=x.shape[1])
     y: Tensor = _Depthwise.apply(x, weight)  # type: ignore[no-untyped-call]
     return y if bias is None else y + bias.view(-1, 1, 1, 1)

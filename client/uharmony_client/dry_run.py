@@ -105,7 +105,12 @@ def dry_run(site: Site, steps: int | None = None) -> DryRun:
             schema=schema,
             values={
                 **update_values(
-                    cases_learned_from(data, study), result.loss, study, policy, share=result.share
+                    cases_learned_from(data, study),
+                    result.loss,
+                    study,
+                    policy,
+                    share=result.share,
+                    growth=result.growth,
                 ),
                 STARTED_FROM: 0,
             },

@@ -174,7 +174,7 @@ class _Fit:
         self.network: SegmentationNetwork = build_network(new, (name,), seed=new.seed)
         keep_apart(self.network, *old.line, old.study, new)
         self.partition = Partition.of(self.network, new.plan.local)
-        base = {**old.shared, **old.bare(self.partition)}
+        base = {**old.shared, **old.bare()}
         self.start = extend_state(old.study, new, base, domains=(name,))
         self.network.load_state_dict(merged(self.partition, self.start))
         self.network.to(device)

@@ -107,12 +107,13 @@ class OldModel:
                     f"{', '.join(entry.domains)}; choose another name"
                 )
 
-    def bare(self, partition: Partition) -> State:
+    def bare(self) -> State:
         """Tensors that stay at a site and belong to no domain: all of a pooled model.
 
         Raises:
             ConfigError: it is not clear whose a new site would start from.
         """
+        partition = Partition.of(build_network(self.study, ("x",), seed=0), self.study.plan.local)
         names = [name for name in partition.local_names if "@" not in name]
         having = [site for site in self.sites.values() if site.own is None]
         if names and len(having) != 1:

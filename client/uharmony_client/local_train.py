@@ -38,12 +38,14 @@ class RoundResult:
     """`update` is the flat float32 delta of the shared tensors; `local` never leaves the site.
 
     `share` is how much of what was seen taught something, in [0, 1]; 0 where nothing was trained.
+    `growth` is how far that may weigh by now (`Objective.growth`).
     """
 
     update: Tensor
     local: dict[str, Tensor]
     loss: float
     share: float = 1.0
+    growth: float = 1.0
 
 
 def train_round(
@@ -104,7 +106,7 @@ def train_round(
     local = {key: tensor.clone() for key, tensor in local.items()}
     if study.plan.training == "twin" and data.volumes:  # it learns from labels alone
         local |= as_personal(_train_twin(network, data, study, partition, shared, before, round_))
-    return RoundResult(update, local, loss, objective.share)
+    return RoundResult(update, local, loss, objective.share, objective.growth)
 
 
 def learning_rate(study: Study, step: int) -> float:

@@ -24,7 +24,8 @@ Carried = Mapping[str, Tensor]
 class LocalData:
     """What a site trains on: opened volumes, the domain index of each, the classes annotated.
 
-    `unlabelled` are training cases whose labels are not there or may not be used, by `names`.
+    `unlabelled` are training cases whose labels are not there or may not be used; `names` tell
+    them, and what was prepared from them, from all others.
     """
 
     site: str
@@ -67,11 +68,15 @@ class Objective(Protocol):
     def share(self) -> float:
         """How much of what it saw taught it something, in [0, 1]: part of the update's weight."""
 
+    @property
+    def growth(self) -> float:
+        """How far what cases without labels teach may weigh by now, in [0, 1]; a public number."""
+
 
 class Supervised:
     """Labelled patches and the segmentation loss over the classes that the site annotates."""
 
-    share = 1.0
+    share = growth = 1.0
 
     def __init__(self, data: LocalData, study: Study) -> None:
         self.data, self.study = data, study

@@ -33,9 +33,8 @@ TEACHER = "teacher/"
 class SemiSupervised:
     """Draws both kinds of cases; `unlabelled_loss` is what a rule adds.
 
-    `share` is 1 at a site with labels. Without any it is the mean share of voxels that taught
-    something, times lambda(t/T), which would be lost otherwise: a factor of a site's whole loss
-    changes no step of AdamW. In the first `warm_up` rounds it is 0. The factor is ours.
+    Without labels a site's loss has the factor lambda(t/T) as a whole, which changes no step of
+    AdamW; so it counts as `growth` in the federation's mean. That is ours.
     """
 
     def __init__(self, data: LocalData, study: Study) -> None:
@@ -57,13 +56,19 @@ class SemiSupervised:
 
     @property
     def share(self) -> float:
-        """How much what it learned is to weigh in the federation's mean."""
+        """The mean share of voxels that taught something; 0 in the first `warm_up` rounds."""
         if self.data.volumes:
             return 1.0
         if self._round <= self.settings.warm_up or not self._shares:
             return 0.0
-        grown = ramp_up(self.progress(self._round, self.study.training.local_steps))
-        return grown * float(np.mean(self._shares))
+        return float(np.mean(self._shares))
+
+    @property
+    def growth(self) -> float:
+        """lambda(t/T) at the end of the round, where there are no labels."""
+        if self.data.volumes:
+            return 1.0
+        return ramp_up(self.progress(self._round, self.study.training.local_steps))
 
     def loss(self, network: nn.Module, round_: int, step: int, *, drop: bool) -> Tensor:
         """The supervised loss where there are labels, and the rule's."""

@@ -17,10 +17,10 @@ from uharmony_client.local_store import LocalStore
 from uharmony_client.objective import LocalData
 from uharmony_client.readers import read_cases
 from uharmony_client.site_config import Labels, SiteConfig, load_cases
-from uharmony_client.volume_store import VolumeStore
+from uharmony_client.volume_store import StoredVolume, VolumeStore
 from uharmony_model.errors import DataError
 from uharmony_model.evaluation_settings import Split
-from uharmony_model.patches import StoredVolume, without_label
+from uharmony_model.patches import without_label
 from uharmony_model.randomness import numpy_generator
 from uharmony_model.study import Study
 
@@ -130,7 +130,7 @@ class Site:
             annotated=self.annotated,
             unlabelled=[without_label(self.volumes[case.case]) for case in rest],
             unlabelled_domains=[self.domains.index(case.domain) for case in rest],
-            names=[case.case for case in rest],
+            names=[self.volumes[case.case].key for case in rest],
         )
 
     def _labelled(self) -> frozenset[str]:

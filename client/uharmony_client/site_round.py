@@ -86,7 +86,12 @@ def round_update(
         checkpoint=StepCheckpoint(store.folder, key, site.config.resources.checkpoint_steps),
     )
     values = update_values(
-        cases_learned_from(data, study), result.loss, study, policy, share=result.share
+        cases_learned_from(data, study),
+        result.loss,
+        study,
+        policy,
+        share=result.share,
+        growth=result.growth,
     )
     update = encode(
         kind=Kind.UPDATE,

@@ -32,19 +32,25 @@ def shown_count(count: int, least: int, *, hidden: bool = False) -> int | str:
 
 
 def update_values(
-    cases: int, loss: float, study: Study, policy: Policy, *, share: float = 1.0
+    cases: int,
+    loss: float,
+    study: Study,
+    policy: Policy,
+    *,
+    share: float = 1.0,
+    growth: float = 1.0,
 ) -> dict[str, Value]:
     """The named values of an update made on `cases` training cases.
 
     The weight is the number where the study weighs by cases and the number may leave, else
     `equal`. The loss is a mean over steps on these cases, so the same threshold holds for it.
-    `share`, a factor of the weight, leaves as `taught` where it is not 1,
-    in hundredths; over fewer cases than the threshold only 0 leaves, which says that nothing was
-    trained.
+    `share`, in hundredths, times `growth` is a factor of the weight and leaves as `taught` where it
+    is not 1. `growth` follows from the round alone; over fewer cases than the threshold the share
+    counts as 1, or as 0 where nothing was trained.
     """
     enough = cases >= policy.min_cases
-    told = share if enough else float(share > 0)
-    factor: dict[str, Value] = {} if told == 1 else {TAUGHT: round(told, 2)}
+    told = growth * (max(round(share, 2), 0.01 * (share > 0)) if enough else float(share > 0))
+    factor: dict[str, Value] = {} if told == 1 else {TAUGHT: told}
     return factor | {
         CASES: cases if enough and CASES in study.asks else EQUAL,
         LOSS: loss if enough else None,

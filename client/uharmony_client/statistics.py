@@ -230,8 +230,8 @@ def _piece(site: Site, bench: Bench, case: Case) -> tuple[Tensor, Tensor]:
 
 def _patches(site: Site, case: Case, count: int, *, labelled: bool) -> tuple[Tensor, Tensor]:
     """Patches (count, C, D, H, W) of one case, unchanged, with their labels; always the same."""
-    study, volume = site.study, site.volumes[case.case]
-    volume = volume if labelled else without_label(volume)
+    study, stored = site.study, site.volumes[case.case]
+    volume = stored if labelled else without_label(stored)
     size = study.training.patch
     image = np.empty((count, study.task.channels, *size), dtype=np.float32)
     label = np.empty((count, *size), dtype=np.uint8)

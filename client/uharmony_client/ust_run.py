@@ -278,7 +278,7 @@ class UstRun(WithTeacher):
         super().restore(carried)
         self._queue, self._hardest = None, None
         self._queued_domains = torch.empty(0, dtype=torch.int64)
-        if DRAWN_FROM in carried and not torch.equal(carried[DRAWN_FROM], self._drawn_from()):
+        if not torch.equal(carried.get(DRAWN_FROM, torch.empty(0)), self._drawn_from()):
             return
         if QUEUED_DOMAINS in carried:
             self._queue = ReliableQueue.of(

@@ -100,6 +100,9 @@ class Cell(Frozen):
         return self.shift if self.shift == "none" else f"{self.shift} {self.strength:g}"
 
 
+# What seeds, folds and an arm's method say, so nobody may set it beside them.
+_OF_A_TASK = {"method", "seed", "evaluation.fold", "evaluation.folds"}
+
 # What a cell's name says after its shift, where it is not this.
 _WORDS: dict[str, float | None] = {
     "sites": None,
@@ -219,6 +222,8 @@ def _changed(study: Study, changes: Mapping[str, JsonValue], who: str) -> dict[s
             place = place.get(step) if isinstance(place, dict) else None
         if not isinstance(place, dict) or last not in place:
             raise ConfigError(f"{who} sets {key}, which a study does not have")
+        if key in _OF_A_TASK:
+            raise ConfigError(f"{who} sets {key}, which is every task's own; declare it instead")
         place[last] = value
     return content
 

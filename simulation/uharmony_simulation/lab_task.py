@@ -75,7 +75,8 @@ class Task:
         What the method does not read may be anything: it decided nothing.
         """
         declared = record.get("declared", {})
-        unread = () if self.study.plan.harmonized else ("harmonization",)
+        plan = self.study.plan
+        unread = tuple(plan.settings) if plan.harmonized else ("harmonization",)
         return all(
             _same(declared.get(name), model, unread)
             for name, model in (

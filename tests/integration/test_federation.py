@@ -282,6 +282,7 @@ def test_a_lossy_codec_up_and_down_ends_near_the_lossless_one(undisturbed, tmp_p
     assert 0 < float((lossy - exact).norm()) < 0.2 * float(moved)
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_flowers_ray_engine_gives_the_same_bits(undisturbed, tmp_path, data):
     pytest.importorskip("ray", reason="the extra `ray` is not installed")

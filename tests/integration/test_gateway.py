@@ -454,6 +454,7 @@ def wait_until(condition, seconds: float = 5) -> bool:
     return False
 
 
+@pytest.mark.alone
 def test_revoked_while_connected(scene: Scene, tmp_path: Path):
     here = scene.town
     identity = here.join("cape", tmp_path)
@@ -563,6 +564,7 @@ def test_superlink_down_then_back(tmp_path: Path):
             assert here.call(*call).status == 503
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_slow_headers_bodies_and_handshakes_are_cut(tmp_path: Path):
     with town(tmp_path, header_seconds=0.4, idle_seconds=0.4) as here:
@@ -588,6 +590,7 @@ def test_slow_headers_bodies_and_handshakes_are_cut(tmp_path: Path):
         assert wait_until(lambda: here.gateway._places.taken == 0)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("limit", ["max_connections", "max_connections_per_address"])
 def test_cap_on_connections_counts_before_the_handshake(tmp_path: Path, limit: str):
     with town(tmp_path, **{limit: 3}) as here, contextlib.ExitStack() as stack:

@@ -161,6 +161,7 @@ def test_20_a_recorded_request_is_of_no_use_to_others(place):
         assert reason in answer.body
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("path", [PUSH_OBJECT, "/v1/uharmony/enrol"])
 def test_21_two_gibibytes_before_authentication(place, path: str):
     here, north, _ = place
@@ -180,6 +181,7 @@ def test_21_two_gibibytes_before_authentication(place, path: str):
     assert here.call(north.context(), PULL, b"x", node_headers(north)).status == 200
 
 
+@pytest.mark.alone
 def test_22_headers_that_never_end(place):
     here, north, _ = place
     slow = [here.connect(here.anonymous()) for _ in range(8)]
@@ -207,6 +209,7 @@ def test_22_headers_that_never_end(place):
         thread.join(6)
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_22_ten_thousand_idle_connections(place):
     """From one address: at most 16 are held, the hospital beside them is served."""
@@ -235,6 +238,7 @@ def test_22_ten_thousand_idle_connections(place):
     assert wait_until(lambda: here.gateway._places.taken == 0, 8)
 
 
+@pytest.mark.alone
 def test_22_idle_without_a_word(place):
     here, _, _ = place
     with here.connect(here.anonymous()) as silent:

@@ -220,7 +220,7 @@ def test_progress_spans_all_rounds_and_ends_at_one():
 
 
 @pytest.mark.parametrize("labelled", [True, False])
-def test_the_share_is_one_with_labels_nothing_in_warm_up_and_then_grows(labelled):
+def test_the_share_is_one_with_labels_nothing_in_warm_up_and_then_the_mean(labelled):
     study = study_of("fixmatch", training={"rounds": 4}, unlabelled={"warm_up": 1})
     data = data_of(None if labelled else [])
     objective, network = made(data, study), Place(study).network()
@@ -235,8 +235,9 @@ def test_the_share_is_one_with_labels_nothing_in_warm_up_and_then_grows(labelled
             sure = network(batch.image).softmax(1).amax(1) >= study.unlabelled.threshold
             shares.append(float(sure.float().mean()))
         assert 0 < np.mean(shares) < 1
-        grown = float(np.mean(shares)) * math.exp(-5 * (1 - ROUND / 4) ** 2)
-        later = 1.0 if labelled else pytest.approx(grown, abs=1e-6)
+        grown = math.exp(-5 * (1 - round_ / 4) ** 2)
+        assert objective.growth == (1.0 if labelled else pytest.approx(grown))
+        later = 1.0 if labelled else pytest.approx(float(np.mean(shares)), abs=1e-6)
         assert objective.share == (0 if round_ == 1 and not labelled else later)
 
 

@@ -152,6 +152,17 @@ def test_the_share_that_taught_is_told_over_enough_cases_alone(share, told):
     assert few.get("taught") == (0.0 if share == 0 else None)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.374, 1.0])
+@pytest.mark.parametrize("growth", [0.0067, 0.5])
+def test_what_a_site_may_weigh_by_now_reaches_small_sites_too(share, growth):
+    study = tiny_study(method="ust-run-fed")
+    shares = {0.0: 0.0, 0.001: 0.01, 0.374: 0.37, 1.0: 1.0}
+    enough = update_values(11, 0.5, study, Policy(), share=share, growth=growth)
+    assert enough["taught"] == pytest.approx(growth * shares[share])
+    few = update_values(10, 0.5, study, Policy(), share=share, growth=growth)
+    assert few["taught"] == (growth if share else 0.0)
+
+
 def test_only_what_the_study_asks_for_leaves():
     found = summary(rows("mr", [0.5] * 12), evaluation={"metrics": ["fp_per_case"]})
     assert set(found) == {"test/north/mr/blob/n_cases", "test/north/mr/blob/fp_per_case"}

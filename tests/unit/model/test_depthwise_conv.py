@@ -31,6 +31,27 @@ def test_the_same_values_and_gradients(shape: tuple[int, ...], edge: int, biased
         torch.testing.assert_close(ours, torchs)
 
 
+def test_in_single_precision_the_gradients_are_those_of_double() -> None:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn((1, 2, 64, 64, 64), generator=generator) + 1
+    weight = torch.randn((2, 1, 3, 3, 3), generator=generator)
+    dy = torch.randn(x.shape, generator=generator)
+    found, exact = (
+        torch.autograd.grad(depthwise_conv(*given), given, dy.to(given[0].dtype))
+        for given in (
+            tuple(t.to(dtype).requires_grad_() for t in (x, weight))
+            for dtype in (torch.float32, torch.float64)
+        )
+    )
+    for ours, wanted in zip(found, exact, strict=True):
+        assert (ours - wanted).abs().max() < 1e-4 * wanted.abs().max()
+
+
+def test_a_batch_of_nothing() -> None:
+    x, weight = torch.zeros(0, 2, 4, 4, 4, requires_grad=True), torch.randn(2, 1, 3, 3, 3)
+    assert depthwise_conv(x, weight).shape == x.shape
+
+
 def test_second_derivatives() -> None:
     x = torch.randn(2, 2, 3, 2, 3, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(2, 1, 3, 3, 3, dtype=torch.float64, requires_grad=True)

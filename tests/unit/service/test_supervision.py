@@ -13,6 +13,8 @@ import pytest
 
 from uharmony_service.supervision import Program, Supervisor
 
+pytestmark = pytest.mark.alone
+
 SLEEP = "import time; time.sleep(60)"
 
 

@@ -148,6 +148,23 @@ def test_what_a_method_does_not_read_makes_no_record_another():
         assert now.made(json.loads(json.dumps({"declared": then.declared}))) is same
 
 
+def test_what_a_method_fixes_itself_makes_no_record_another():
+    changed = tiny_study(network={"harmonization": {"domain_dropout": 0.3, "residuals": ["stem"]}})
+    other = tiny_study(network={"harmonization": {"order": 2}})
+    now, then, further = (
+        plan(lab(arms=["fedavg-revin"]), s, RANDOM)[0][0] for s in (tiny_study(), changed, other)
+    )
+    assert now.made(json.loads(json.dumps({"declared": then.declared})))
+    assert not now.made(json.loads(json.dumps({"declared": further.declared})))
+
+
+@pytest.mark.parametrize("key", ["method", "seed", "evaluation.folds", "evaluation.fold"])
+def test_what_is_a_tasks_own_is_set_nowhere_else(key):
+    arm = {"name": "a", "method": "fedavg", "set": {key: 1}}
+    with pytest.raises(ConfigError, match=f"arm a sets {key}, which is every task's own"):
+        plan(lab(arms=[arm]), tiny_study(), RANDOM)
+
+
 def test_changes_to_the_study_reach_every_arm_and_an_arm_has_the_last_word(tmp_path):
     (tmp_path / "study.yaml").write_text(
         yaml.safe_dump({**study_content(), "simulation": RANDOM.model_dump(mode="json")})
