@@ -7,7 +7,8 @@ The autoencoder lies beside the network (`training_network`), so it is shared, k
 the network is; only the moments of its optimiser are carried here. Foreign codes, while it learns:
 where there are labelled and unlabelled patches, those of the other kind; else those of own slices
 under a random contrast, since no site sees another's. Both, and the optimiser's rate, are ours;
-there is no image discriminator.
+there is no image discriminator. Many steps between two exchanges let a site with one style drift
+(docs/methods.md).
 """
 
 from __future__ import annotations
