@@ -36,7 +36,7 @@ from uharmony_model.exchange.partition import Partition
 from uharmony_model.extension_line import keep_line_apart
 from uharmony_model.frozen import Frozen, parse
 from uharmony_model.methods import EVERYTHING, METHODS
-from uharmony_model.networks import build_network
+from uharmony_model.networks import build_network, without_style
 from uharmony_model.study import Study
 from uharmony_model.task import Name
 
@@ -83,7 +83,8 @@ def save_bundle(
     """Write the folder, whole or not at all; `local`, `domains` and `modalities` are by site.
 
     `own` is the method of those whose tensors are a whole model of their own; `notes` are further
-    files beside study.json, by name.
+    files beside study.json, by name. A style autoencoder is left out: it predicts nothing, and a
+    decoder of images is nothing to hand out.
 
     Raises:
         StoreError: the folder cannot be written.
@@ -92,7 +93,7 @@ def save_bundle(
     temporary = temporary_directory(folder)
     try:
         write_atomic(temporary / "study.json", study.canonical_json().encode())
-        write_atomic(temporary / "shared.safetensors", _tensors(shared))
+        write_atomic(temporary / "shared.safetensors", _tensors(without_style(shared)))
         (temporary / "sites").mkdir(mode=0o700)
         for site, tensors in local.items():
             entry = SiteEntry(
@@ -101,7 +102,8 @@ def save_bundle(
                 own=(own or {}).get(site),
             )
             write_atomic(temporary / "sites" / f"{site}.json", entry.model_dump_json().encode())
-            write_atomic(temporary / "sites" / f"{site}.safetensors", _tensors(tensors))
+            path = temporary / "sites" / f"{site}.safetensors"
+            write_atomic(path, _tensors(without_style(tensors)))
         for name, content in (notes or {}).items():
             write_atomic(temporary / name, content)
     except BaseException:

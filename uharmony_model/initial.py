@@ -6,7 +6,7 @@ from torch import Tensor
 
 from uharmony_model.exchange.partition import Partition
 from uharmony_model.exchange.schema import Schema, flatten
-from uharmony_model.networks import build_network
+from uharmony_model.networks import training_network
 from uharmony_model.study import Study
 
 
@@ -15,7 +15,7 @@ def initial_weights(study: Study) -> tuple[Schema, Tensor]:
 
     Shared tensors do not depend on the number of domains, so any name serves here.
     """
-    network = build_network(study, ("any",), seed=study.seed)
+    network = training_network(study, ("any",), seed=study.seed)
     partition = Partition.of(network, study.plan.local)
     shared, _ = partition.split(network.state_dict())
     return partition.shared_schema, flatten(shared, partition.shared_schema)
@@ -23,5 +23,5 @@ def initial_weights(study: Study) -> tuple[Schema, Tensor]:
 
 def initial_local(study: Study, domains: tuple[str, ...]) -> dict[str, Tensor]:
     """The local parameters of a site that has not trained yet: all residuals are zero."""
-    fresh = build_network(study, domains, seed=study.seed)
+    fresh = training_network(study, domains, seed=study.seed)
     return Partition.of(fresh, study.plan.local).split(fresh.state_dict())[1]

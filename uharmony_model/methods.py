@@ -27,6 +27,7 @@ class Part(StrEnum):
     DEPTHWISE_RESIDUAL = "depthwise_residual"
     HEAD_RESIDUAL = "head_residual"
     DOMAIN = "domain"  # a domain's own tensors, with nothing shared beneath (3D U2-Net)
+    STYLE = "style_autoencoder"  # learns styles beside the network; makes no logit
     INDEX = "index"  # constant integer buffers that a network computes when it is built
 
 

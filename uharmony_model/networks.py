@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from uharmony_model.alignment.style_autoencoder import StyleAutoencoder, build_autoencoder
 from uharmony_model.backbones import BACKBONES, BATCH, INSTANCE, LAYER, Backbone
 from uharmony_model.errors import ConfigError, NetworkError
 from uharmony_model.harmonize import harmonize
@@ -20,11 +21,46 @@ from uharmony_model.segmentation_network import SegmentationNetwork, wrong_size
 from uharmony_model.study import Study
 from uharmony_model.u2net import U2Net
 
+STYLE = "style."  # how the tensors of the autoencoder begin
 DEPTHWISE_STAGES = slice(1, 3)  # the two below the stem, which has residuals of its own
+
+
+def training_network(study: Study, domains: Sequence[str], *, seed: int) -> SegmentationNetwork:
+    """What a study trains: its network and, where it learns styles, the autoencoder beside it.
+
+    Raises:
+        NetworkError: see `build_network`.
+    """
+    model = build_network(study, domains, seed=seed)
+    if study.learns_styles:
+        model.style = build_autoencoder(seed=seed)
+    return model
+
+
+def autoencoder_of(network: nn.Module) -> StyleAutoencoder:
+    """The style autoencoder beside a network.
+
+    Raises:
+        NetworkError: there is none.
+    """
+    found = network.style if isinstance(network, SegmentationNetwork) else None
+    if found is None:
+        raise NetworkError(
+            f"{type(network).__name__} has no style autoencoder; it is there under "
+            "unlabelled.style: codes, while the network is trained"
+        )
+    return found
+
+
+def without_style(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a training network, or some of them, that predict."""
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(STYLE)}
 
 
 def build_network(study: Study, domains: Sequence[str], *, seed: int) -> SegmentationNetwork:
     """The study's network for these domains; equal seeds give equal shared weights, whatever K.
+
+    It is what predicts; what is trained can be more (`training_network`).
 
     Raises:
         NetworkError: the backbone cannot be built from `study.network`.

@@ -8,6 +8,7 @@ from types import MappingProxyType
 
 from torch import Tensor, nn
 
+from uharmony_model.alignment.style_autoencoder import StyleAutoencoder
 from uharmony_model.errors import NetworkError
 from uharmony_model.methods import Place
 
@@ -18,7 +19,8 @@ class SegmentationNetwork(nn.Module):
     `domains` are those of the site that uses it. `multiple` is the product of the backbone's
     strides, when it is known: a volume's edges must be multiples of it. `places` says by path where
     the first and the last block lie, for methods that keep one of them; `deepest` is the path of
-    the module that ends the encoder, empty where there is none to be named.
+    the module that ends the encoder, empty where there is none to be named. `style` is the
+    autoencoder of a study that learns styles, while it is trained; no logit depends on it.
     """
 
     kept_norms: tuple[str, ...] = ()
@@ -32,6 +34,7 @@ class SegmentationNetwork(nn.Module):
         self.network = network
         self.domains = tuple(domains)
         self.multiple = multiple
+        self.style: StyleAutoencoder | None = None
 
     def forward(self, x: Tensor, domain: Tensor | None = None, *, drop: bool = False) -> Tensor:
         """Logits (B, J, D, H, W) of x (B, C, D, H, W).

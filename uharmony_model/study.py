@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from uharmony_model.task import Name, Task
 from uharmony_model.training_settings import Finale, Training
 from uharmony_model.unlabelled_settings import Rule, Statistic, Unlabelled
 
+_NEWER = ("style", "style_rounds", "align")  # keys of `unlabelled` that older studies lack
 _RESIDUAL_PARTS: dict[Residual, Part] = {
     "phi": Part.PHI,
     "stem": Part.STEM_RESIDUAL,
@@ -85,6 +87,34 @@ class Study(Frozen):
         return self
 
     @model_validator(mode="after")
+    def _alignment_can_be_followed(self) -> Study:
+        if self.rule != "glua":
+            return self
+        shared = self.plan.local != EVERYTHING
+        if self.unlabelled.align == "discriminator" and shared:
+            raise ValueError(
+                f"unlabelled.align: discriminator under {self.method}: its gradients would have to "
+                "be summed over sites, source and target counting alike, in every step; what sites "
+                "send is averaged over rounds by cases. Use align: prototypes, or the arm glua"
+            )
+        if self.style_rounds >= self.training.rounds:
+            raise ValueError(
+                f"unlabelled.style: codes trains its autoencoder in {self.style_rounds} of "
+                f"{self.training.rounds} rounds, so that no round is left to use it; set "
+                "unlabelled.style_rounds or training.rounds"
+            )
+        if (
+            self.learns_styles
+            and shared
+            and (self.plan.server == "adam" or self.federation.momentum)
+        ):
+            raise ValueError(
+                f"unlabelled.style: codes under {self.method}: momentum at the server would move "
+                "the autoencoder after it came to rest; use federation.momentum: 0 and no fedadam"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _style_is_small(self) -> Study:
         width, patch = self.unlabelled.half_width, self.training.patch
         if width is not None and 2 * width + 1 > min(patch):
@@ -127,12 +157,13 @@ class Study(Frozen):
         plan = self.plan
         if plan.backbone == "u2net":
             return frozenset({Part.BACKBONE, Part.DOMAIN})
-        plain = {Part.BACKBONE, Part.NORM_AFFINE}
+        style = {Part.STYLE} if self.learns_styles else set()
+        plain = {Part.BACKBONE, Part.NORM_AFFINE} | style
         if not plan.harmonized:
             batch = plan.norm in ("batch", "perxan") or self.network.norm == "batch"
             return frozenset(plain | ({Part.NORM_STATISTICS} if batch else set()))
         settings = self.harmonization
-        found = {Part.BACKBONE, Part.POLYNOMIAL}
+        found = {Part.BACKBONE, Part.POLYNOMIAL} | style
         found |= {Part.NORM_AFFINE} if settings.layers != "all" else set()
         return frozenset(found | {_RESIDUAL_PARTS[name] for name in settings.residuals})
 
@@ -155,12 +186,26 @@ class Study(Frozen):
         """
         if self.plan.local == EVERYTHING:
             return ()
-        style = self.unlabelled.amplitude != "off"
-        if self.rule == "ust-run":
-            return ("amplitude",) if style else ()
-        if self.rule == "glua":
-            return ("amplitude", "prototypes") if style else ("prototypes",)
-        return ()
+        settings = self.unlabelled
+        found: tuple[Statistic, ...] = ()
+        if self.rule in ("ust-run", "glua") and settings.amplitude != "off":
+            found = ("codes",) if self.learns_styles else ("amplitude",)
+        if self.rule == "glua" and settings.align == "prototypes":
+            found += ("prototypes",)
+        return found
+
+    @property
+    def learns_styles(self) -> bool:
+        """Whether styles are codes of an autoencoder that this study trains."""
+        settings = self.unlabelled
+        return self.rule == "glua" and settings.style == "codes" and settings.amplitude != "off"
+
+    @property
+    def style_rounds(self) -> int:
+        """The first rounds, in which the style autoencoder learns; 0 without one."""
+        if not self.learns_styles:
+            return 0
+        return self.unlabelled.style_rounds or math.ceil(self.training.rounds / 4)
 
     @property
     def asks(self) -> tuple[str, ...]:
@@ -178,10 +223,17 @@ class Study(Frozen):
 
         Sorting would hide the order of the classes, which is the order of the outputs. A study
         that asks for no publication, or has no cases without labels, says nothing of it, as before
-        there was any.
+        there was any; nor of forms of alignment that it leaves at their defaults.
         """
-        silent = {"publication"} if self.publication == Publication() else set()
-        silent |= {"unlabelled"} if self.unlabelled == Unlabelled() else set()
+        silent: dict[str, Any] = {}
+        if self.publication == Publication():
+            silent["publication"] = True
+        default = Unlabelled()
+        if self.unlabelled == default:
+            silent["unlabelled"] = True
+        else:
+            same = {n for n in _NEWER if getattr(self.unlabelled, n) == getattr(default, n)}
+            silent["unlabelled"] = same
         content = self.model_dump(mode="json", exclude=silent)
         return json.dumps(content, separators=(",", ":"))
 

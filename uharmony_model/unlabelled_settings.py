@@ -10,7 +10,7 @@ from uharmony_model.frozen import Frozen
 
 Rule = Literal["none", "mean-teacher", "fixmatch", "entropy-min", "adabn", "ust-run", "glua"]
 RULES: tuple[Rule, ...] = get_args(Rule)
-Statistic = Literal["amplitude", "prototypes"]
+Statistic = Literal["amplitude", "prototypes", "codes"]
 STATISTICS: tuple[Statistic, ...] = get_args(Statistic)
 
 
@@ -26,6 +26,12 @@ class Unlabelled(Frozen):
     from the start), `queue` (reliable samples stand in for labelled ones), `hardest` (foreground
     to foreground for the hardest sample). `half_width` is that of the low-frequency box in bins
     (None: one hundredth of the patch's shortest edge, at least 1).
+
+    Of Global-Local Union Alignment `style` says how labelled patches are shown as a target's: by
+    low `amplitude`, or by `codes` of a style autoencoder that is trained in the first
+    `style_rounds` rounds (None: a quarter of them) and rests then; `amplitude: off` means neither.
+    `align` says what draws features together: class `prototypes`, a `discriminator` (where nothing
+    is shared), or nothing (`off`).
 
     Statistics that sites share are averages over at least `min_patients` patients each. In the
     first `warm_up` rounds only sites with labels count in the federation's mean.
@@ -43,5 +49,8 @@ class Unlabelled(Frozen):
     queue_size: PositiveInt = 10
     queue_threshold: Annotated[float, Field(gt=0, le=1)] = 0.1
     hardest: bool = True
+    style: Literal["amplitude", "codes"] = "amplitude"
+    style_rounds: PositiveInt | None = None
+    align: Literal["prototypes", "discriminator", "off"] = "prototypes"
     min_patients: Annotated[int, Field(ge=2)] = 10
     warm_up: NonNegativeInt = 2

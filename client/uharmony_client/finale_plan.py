@@ -83,10 +83,17 @@ def learning_view(study: Study, *, labelled: bool = True) -> str:
             return "labels alone; this site trains on none: it receives the model, nothing more"
         return f"labels alone, and this site trains on none; {NOTHING_TO_LEARN_FROM}"
     own = "cases with and without a label" if labelled else "cases without a label"
-    late = study.unlabelled.warm_up
-    count = "the first round" if late == 1 else f"the first {late} rounds"
-    wait = f"; in {count} only sites with labels count" if late else ""
+    late, learned = study.unlabelled.warm_up, study.style_rounds
+    wait = f"; in {_first(late)} only sites with labels count" if late else ""
+    if learned:
+        wait = f"; in {_first(learned)} every site trains a style autoencoder, and counts" + (
+            f"; then, up to round {late}, only sites with labels count" if late > learned else ""
+        )
     return f"{own}, by {study.rule}{wait}"
+
+
+def _first(rounds: int) -> str:
+    return "the first round" if rounds == 1 else f"the first {rounds} rounds"
 
 
 def has_teacher(study: Study) -> bool:
@@ -108,8 +115,13 @@ def carried_view(study: Study, *, labelled: bool = True) -> str:
     said = ["a teacher, which is a second model"] if has_teacher(study) else []
     if patches := sum(carried_patches(study)):
         said.append(f"up to {patches} patches of images, as confidential as the images")
-    if study.rule == "glua" and labelled:
+    aligned = study.unlabelled.align
+    if study.rule == "glua" and aligned == "prototypes" and labelled:
         said.append("running means of features by class")
+    if study.rule == "glua" and aligned == "discriminator":
+        said.append("a discriminator of features")
+    if study.learns_styles:
+        said.append("the moments of the style autoencoder while it learns")
     return "; ".join(said)
 
 

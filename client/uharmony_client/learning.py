@@ -17,6 +17,7 @@ from uharmony_client.semi_supervised import (
 )
 from uharmony_client.ust_run import UstRun
 from uharmony_model.alignment.prototype_gap import Prototypes
+from uharmony_model.alignment.style_codes import StyleCodes
 from uharmony_model.study import Study
 from uharmony_model.unlabelled_settings import Rule
 
@@ -30,10 +31,14 @@ _PLAIN: dict[Rule, type[SemiSupervised]] = {
 
 @dataclass(frozen=True, eq=False)
 class Given:
-    """What the federation gives for a round beside its weights: styles, class prototypes."""
+    """What the federation gives for a round beside its weights: styles, class prototypes.
+
+    `styles` are low amplitudes, `codes` those of a study whose styles are codes.
+    """
 
     styles: tuple[Tensor, ...] = ()
     prototypes: Prototypes | None = None
+    codes: tuple[StyleCodes, ...] = ()
 
 
 NOTHING = Given()
@@ -54,5 +59,5 @@ def objective_of(data: LocalData, study: Study, given: Given = NOTHING) -> Objec
     if rule == "ust-run":
         return UstRun(data, study, given.styles)
     if rule == "glua":
-        return Alignment(data, study, given.styles, given.prototypes)
+        return Alignment(data, study, given.styles, given.prototypes, given.codes)
     return _PLAIN[rule](data, study)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from uharmony_model.exchange.partition import part_of
 from uharmony_model.harmonize import stacked_keys
-from uharmony_model.methods import RESIDUALS
+from uharmony_model.methods import RESIDUALS, Part
 from uharmony_model.training_settings import Training
 
 PREFIX = "optimizer/"
@@ -21,9 +21,12 @@ _MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
 
 
 def make_optimizer(network: nn.Module, training: Training) -> torch.optim.Optimizer:
-    """Two groups: residuals are pulled to zero by their own decay, so that zero stays useful."""
+    """Two groups: residuals are pulled to zero by their own decay, so that zero stays useful.
+
+    A style autoencoder has an optimiser of its own.
+    """
     parts = part_of(network)
-    named = dict(network.named_parameters())
+    named = {n: p for n, p in network.named_parameters() if parts[n] is not Part.STYLE}
     groups = [
         {
             "params": [p for n, p in named.items() if parts[n] not in RESIDUALS],

@@ -14,6 +14,7 @@ from torch import Tensor
 from uharmony_client.ledger import Ledger, tensor_facts
 from uharmony_client.policy import KEPT, Policy, allowed_values
 from uharmony_model.alignment.prototype_gap import check_prototypes
+from uharmony_model.alignment.style_codes import CENTROIDS, check_codes
 from uharmony_model.errors import ExchangeError
 from uharmony_model.exchange.payload import (
     Kind,
@@ -186,6 +187,9 @@ def _checked_statistic(
     if what == "prototypes":
         classes, channels = tensors["mean"].shape
         check_prototypes(tensors, classes, channels)
+    elif what == "codes":
+        channels, numbers = tensors[CENTROIDS].shape
+        check_codes(tensors, channels, numbers)
     else:
         channels, side = tensors[AMPLITUDE].shape[:2]
         check_style(tensors[AMPLITUDE], channels, side // 2)

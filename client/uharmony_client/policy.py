@@ -36,30 +36,34 @@ _WITH = {"dice": ("dice_low", "dice_high")}
 
 ValueName = Metric | Literal["cases", "loss", "taught"]
 # Phi and the residuals describe the site's own scanner; no policy lets them leave in an update.
-Shareable = Literal[Part.BACKBONE, Part.NORM_AFFINE, Part.NORM_STATISTICS, Part.POLYNOMIAL]
+Shareable = Literal[
+    Part.BACKBONE, Part.NORM_AFFINE, Part.NORM_STATISTICS, Part.POLYNOMIAL, Part.STYLE
+]
 SHAREABLE: tuple[Shareable, ...] = get_args(Shareable)
+# A decoder that learns to rebuild images leaves only where it is named.
+SHARED: tuple[Shareable, ...] = tuple(part for part in SHAREABLE if part is not Part.STYLE)
 
 
 class Policy(Frozen):
     """The site's own limits.
 
     `clip_norm` bounds the L2 norm of an update (None leaves it). `share` names the parts of the
-    model that may leave, `metrics` the named values: metrics, `cases` (the number of training
-    cases, as the weight of an update), `loss`, and `taught` (the share of voxels of cases without
-    labels that taught something, growing with training: a factor of that weight; 0 where a site
-    trained nothing). A mean
-    that leaves always brings the number of cases it is over. Counts below `min_cases` leave as
-    `<11`; 1 switches that off.
+    model that may leave (where nothing is said, all but `style_autoencoder`), `metrics` the named
+    values: metrics, `cases` (the number of training cases, as the weight of an update), `loss`,
+    and `taught` (the share of voxels of cases without labels that taught something, growing with
+    training: a factor of that weight; 0 where a site trained nothing). A mean that leaves always
+    brings the number of cases it is over. Counts below `min_cases` leave as `<11`; 1 switches that
+    off.
     `publish` names what may be published at the end, where a study asks for it: `experts` (the
     residuals of each domain) and `prototypes` (its mean descriptor with noise). A site that names
     nothing publishes nothing, and takes part all the same. `statistics` names in the same way what
-    others may learn with: `amplitude` (the mean style of the training patients) and `prototypes`
-    (means and variances of features by class).
+    others may learn with: `amplitude` (the mean style of the training patients), `prototypes`
+    (means and variances of features by class) and `codes` (mean and deviation of style codes).
     `allow_rollback` lets the coordinator go back to a round that this site has passed.
     """
 
     clip_norm: PositiveFloat | None = None
-    share: tuple[Shareable, ...] = SHAREABLE
+    share: tuple[Shareable, ...] = SHARED
     metrics: tuple[ValueName, ...] = (*METRICS, "cases", "loss", "taught")
     min_cases: Annotated[int, Field(ge=1, le=9999)] = 11
     publish: tuple[Publishable, ...] = ()
@@ -125,14 +129,16 @@ def statistics_view(policy: Policy, study: Study) -> str:
     asked = study.statistics
     if not asked:
         return "nothing, the study does not ask for it"
-    from uharmony_model.unlabelled.study_style import half_width  # loads torch
+    from uharmony_model.unlabelled.study_style import STYLE_NUMBERS, half_width  # loads torch
 
-    how = {
+    how: dict[Statistic, str] = {
         "amplitude": "a mean style of {} training patients or more, "
         f"{study.task.channels * (2 * half_width(study) + 1) ** 3} numbers, once",
         "prototypes": (
             "prototypes of classes that {} labelled training patients or more have, in every round"
         ),
+        "codes": "mean and deviation of style codes of {} training patients or more, "
+        f"{2 * study.task.channels * STYLE_NUMBERS} numbers, once",
     }
     least = least_patients(policy, study)
     said = [

@@ -18,7 +18,7 @@ from uharmony_model.bundle import save_bundle
 from uharmony_model.errors import ConfigError, StoreError
 from uharmony_model.exchange.partition import Partition
 from uharmony_model.frozen import Frozen, parse
-from uharmony_model.networks import build_network
+from uharmony_model.networks import training_network
 from uharmony_model.schedule import finale_round
 from uharmony_model.segmentation_network import SegmentationNetwork
 from uharmony_model.training_settings import Candidate
@@ -116,7 +116,7 @@ def site_network(
     """The network that the site measures and predicts with, on its device."""
     entry, own = site_entry(site, carried)
     study = site.study if own is None else site.study.with_method(own)
-    network = build_network(study, site.domains, seed=study.seed).to(site.device)
+    network = training_network(study, site.domains, seed=study.seed).to(site.device)
     if own is None:
         state = Partition.of(network, study.plan.local).merge(shared, entry)
     else:

@@ -3,6 +3,8 @@
     amplitude     the mean style of its training patients, with labels or without: made once
     prototypes    of the deepest features over its labelled patients: made anew for each round's
                   weights, of the same patches
+    codes         mean and deviation of the style codes of the same patches as `amplitude`, by the
+                  autoencoder as it came to rest: made once
 
 Only what the site's policy names, and of enough patients. Who gives nothing says why by a code,
 and receives all the same. A style is kept as a release is: two means that differ by one patient
@@ -13,8 +15,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import sha256
 
 import numpy as np
@@ -22,6 +25,7 @@ import torch
 from torch import Tensor
 
 from uharmony_client.case_table import Case
+from uharmony_client.code_styles import measured_codes
 from uharmony_client.failures import no_room
 from uharmony_client.learning import NOTHING, Given
 from uharmony_client.outgoing import Outgoing
@@ -85,7 +89,7 @@ def given_of(
     wanted = (study.digest, order.round - 1, order.base, "server")
     if (manifest.study, manifest.round, manifest.base, manifest.site) != wanted:
         raise _not_of(order, f"statistics with weights {manifest.base[:12]}")
-    return Given(combined.styles, combined.prototypes)
+    return Given(combined.styles, combined.prototypes, combined.codes)
 
 
 def without_own(given: Given, site: Site, form: StatisticsForm) -> Given:
@@ -94,16 +98,26 @@ def without_own(given: Given, site: Site, form: StatisticsForm) -> Given:
     Raises:
         StoreError: what it gave is damaged.
     """
-    if form.style is None or not given.styles:
-        return given
+    if given.styles and (own := _released("amplitude", site, form)) is not None:
+        style = own[AMPLITUDE]
+        return replace(given, styles=tuple(s for s in given.styles if not torch.equal(s, style)))
+    if given.codes and (own := _released("codes", site, form)) is not None:
+        others = (
+            codes
+            for codes in given.codes
+            if not all(torch.equal(codes.state()[name], own[name]) for name in own)
+        )
+        return replace(given, codes=tuple(others))
+    return given
+
+
+def _released(what: Statistic, site: Site, form: StatisticsForm) -> dict[str, Tensor] | None:
     kept = Releases(site.config.store, site.study.digest)
-    earlier = kept.get("amplitude", max_bytes=form.max_bytes("amplitude"))
+    earlier = kept.get(what, max_bytes=form.max_bytes(what))
     if earlier is None:
-        return given
-    schema = form.schema("amplitude")
-    _, flat = decode(earlier[0], kind=Kind.STATISTICS, schema=schema)
-    own = unflatten(flat, schema)[AMPLITUDE]
-    return replace(given, styles=tuple(s for s in given.styles if not torch.equal(s, own)))
+        return None
+    schema = form.schema(what)
+    return unflatten(decode(earlier[0], kind=Kind.STATISTICS, schema=schema)[1], schema)
 
 
 def statistics_answer(
@@ -139,19 +153,27 @@ def _made(
 ) -> tuple[Said, bytes | None]:
     if what not in site.config.policy.statistics:
         return Said.NOT_OPTED_IN, None
-    made = _style if what == "amplitude" else _prototypes
-    data = made(site, bench, order, form)
+    if what == "prototypes":
+        data = _prototypes(site, bench, order, form)
+    elif what == "codes":
+        data = _made_once(what, site, form, partial(_codes, site, bench, order, form))
+    else:
+        data = _made_once(what, site, form, partial(_amplitude, site, form))
     return (Said.TOO_FEW_PATIENTS, None) if data is None else (Said.GIVEN, data)
 
 
-def _style(site: Site, bench: Bench, order: Instruction, form: StatisticsForm) -> bytes | None:
-    """The style as it is sent: from the store where it was made; None of too few patients.
+Patients = Mapping[str, Sequence[Case]]
+Measure = Callable[[Patients, int], dict[str, Tensor]]
+
+
+def _made_once(what: Statistic, site: Site, form: StatisticsForm, measure: Measure) -> bytes | None:
+    """A style as it is sent: from the store where it was made; None of too few patients.
 
     A case that lacks a channel has no style of that one, so it is left out.
     """
     study, least = site.study, least_patients(site.config.policy, site.study)
     kept = Releases(site.config.store, study.digest)
-    earlier = kept.get("amplitude", max_bytes=form.max_bytes("amplitude"))
+    earlier = kept.get(what, max_bytes=form.max_bytes(what))
     if earlier is not None:
         data, manifest = earlier
         return data if patients_told(manifest.values) >= least else None
@@ -159,25 +181,60 @@ def _style(site: Site, bench: Bench, order: Instruction, form: StatisticsForm) -
     patients = _by_patient(whole)
     if len(patients) < least:
         return None
-    assert form.style is not None  # noqa: S101 - as the study asks for it
-    channels, width = form.style
-    total, floor = StyleSum(channels, width), style_floor(study.task)
-    for patient, cases in patients.items():
-        for case in cases:
-            image, _ = _patches(site, case, STYLE_PATCHES, labelled=False)
-            total.add(patient, low_amplitude(image, width, floor=floor))
-    style = form.style_of({AMPLITUDE: total.mean(least)})
+    tensors = measure(patients, least)
     data = encode(
         kind=Kind.STATISTICS,
         study=study.digest,
         round=0,  # it belongs to no weights, so that it can be sent again as it is
         site=site.name,
-        schema=form.schema("amplitude"),
+        schema=form.schema(what),
         values={PATIENTS: least},
-        flat=flatten({AMPLITUDE: style}, form.schema("amplitude")),
+        flat=flatten(tensors, form.schema(what)),
     )
-    kept.keep("amplitude", data)
+    kept.keep(what, data)
     return data
+
+
+def _amplitude(
+    site: Site, form: StatisticsForm, patients: Patients, least: int
+) -> dict[str, Tensor]:
+    assert form.style is not None  # noqa: S101 - as the study asks for it
+    channels, width = form.style
+    total, floor = StyleSum(channels, width), style_floor(site.study.task)
+    for patient, cases in patients.items():
+        for case in cases:
+            image, _ = _patches(site, case, STYLE_PATCHES, labelled=False)
+            total.add(patient, low_amplitude(image, width, floor=floor))
+    return {AMPLITUDE: form.style_of({AMPLITUDE: total.mean(least)})}
+
+
+def _codes(
+    site: Site,
+    bench: Bench,
+    order: Instruction,
+    form: StatisticsForm,
+    patients: Patients,
+    least: int,
+) -> dict[str, Tensor]:
+    """By the autoencoder of the round's weights, a code for each channel of each patch.
+
+    Raises:
+        ExchangeError: the autoencoder learns still, so that codes could not be compared later.
+    """
+    study = site.study
+    if order.round <= study.style_rounds:
+        raise ExchangeError(
+            f"style codes are asked for in round {order.round}; they are given after round "
+            f"{study.style_rounds}, when the autoencoder rests"
+        )
+    images = (
+        (patient, _patches(site, case, STYLE_PATCHES, labelled=False)[0])
+        for patient, cases in patients.items()
+        for case in cases
+    )
+    draw = numpy_generator(study.seed, site.name, "codes")
+    found = measured_codes(bench.network, bench.shared, images, study.task, draw, least)
+    return form.codes_of(found.state()).state()
 
 
 def _prototypes(site: Site, bench: Bench, order: Instruction, form: StatisticsForm) -> bytes | None:

@@ -21,7 +21,7 @@ from uharmony_model.exchange.payload import (
     open_payload,
 )
 from uharmony_model.initial import initial_local
-from uharmony_model.networks import build_network
+from uharmony_model.networks import training_network
 from uharmony_model.segmentation_network import SegmentationNetwork
 from uharmony_model.study import Study
 
@@ -42,7 +42,7 @@ class Workbench:
         wanted = (study.digest, len(domains), device)
         if self._network is None or self._made_for != wanted:
             self._network = None  # freed before the next one is built: one model in memory
-            self._network = build_network(study, domains, seed=study.seed).to(device)
+            self._network = training_network(study, domains, seed=study.seed).to(device)
             self._made_for = wanted
         # Sites with equally many domains share it: names are all that tells their layouts apart.
         self._network.domains = domains

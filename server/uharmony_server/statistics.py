@@ -1,9 +1,11 @@
 """What sites give for others to learn with: asked for, admitted, kept, and handed out together.
 
-    round r    each site that has given no style yet is asked for one; all are for prototypes
+    round r    each site that has given no style yet is asked for one, for codes of styles when
+               their autoencoder has come to rest; all are for prototypes
                -> admitted one by one beside the updates, the newest of each site is kept
     round r+1  styles in the order of the sites' names, without them; prototypes merged
 
+Where a site gives no codes, one wide style about those of the others is handed out with them.
 A statistic that does not count is a refusal of its own, and the update beside it counts all the
 same. What is handed out depends on the checkpoint alone, so that a round that is asked again is
 asked with the same.
@@ -22,7 +24,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from uharmony_model.alignment.code_style import codes_around
 from uharmony_model.alignment.prototype_gap import COUNT, MEAN, VARIANCE, Prototypes, merged
+from uharmony_model.alignment.style_codes import CENTROIDS, SPREAD, StyleCodes
 from uharmony_model.errors import ExchangeError, PayloadError, StoreError
 from uharmony_model.exchange.canonical import Digest
 from uharmony_model.exchange.payload import Kind
@@ -42,6 +46,7 @@ from uharmony_model.unlabelled_settings import STATISTICS, Statistic
 from uharmony_server.admission import Expected, Refusal, RefusalReason, open_expected
 
 _MAX_SAID = 4096
+_ONCE: tuple[Statistic, ...] = ("amplitude", "codes")  # made once, and asked for until given
 SaidBySite = dict[str, dict[Statistic, Said]]
 _SAID: TypeAdapter[dict[Statistic, Said]] = TypeAdapter(dict[Statistic, Said])
 
@@ -61,11 +66,12 @@ class Answer:
 
 @dataclass(frozen=True, eq=False)
 class Gathered:
-    """The newest of each site: styles (C, 2b+1, 2b+1, 2b+1), prototypes, and what it said."""
+    """The newest of each site: styles (C, 2b+1, 2b+1, 2b+1) or codes, prototypes, what it said."""
 
     styles: Mapping[str, Tensor] = field(default_factory=dict)
     prototypes: Mapping[str, Prototypes] = field(default_factory=dict)
     said: SaidBySite = field(default_factory=dict)
+    codes: Mapping[str, StyleCodes] = field(default_factory=dict)
 
     def combined(self) -> Combined:
         """What is handed out of it."""
@@ -73,7 +79,15 @@ class Gathered:
         styles = sorted(self.styles.values(), key=lambda style: _digest(style))[:MAX_STYLES]
         together = self.merged()
         some = together is not None and bool(together.present.any())
-        return Combined(tuple(styles), together if some else None)
+        return Combined(tuple(styles), together if some else None, self._codes())
+
+    def _codes(self) -> tuple[StyleCodes, ...]:
+        given = [self.codes[site] for site in sorted(self.codes)]
+        silent = any("codes" in said and site not in self.codes for site, said in self.said.items())
+        found = [*given, codes_around(given)] if given and silent else given
+        state = {id(codes): codes.state() for codes in found}
+        ordered = sorted(found, key=lambda codes: [_digest(v) for v in state[id(codes)].values()])
+        return tuple(ordered[:MAX_STYLES])
 
     def merged(self) -> Prototypes | None:
         """All sites' prototypes together; None where there are none."""
@@ -101,15 +115,17 @@ class Gathering:
         self._form = StatisticsForm.of(study)
         self._declined: set[str] = set()
 
-    def asked(self, site: str, held: Gathered) -> tuple[Statistic, ...]:
-        """What a site is asked for in the next round."""
-        rests = site in held.styles or site in self._declined
-        return tuple(what for what in self._due if what != "amplitude" or not rests)
+    def asked(self, site: str, held: Gathered, round_: int = 1) -> tuple[Statistic, ...]:
+        """What a site is asked for in a round."""
+        rests = site in held.styles or site in held.codes or site in self._declined
+        early = round_ <= self._study.style_rounds
+        once = () if rests else ("amplitude", *(() if early else ("codes",)))
+        return tuple(what for what in self._due if what == "prototypes" or what in once)
 
     def payload(self, held: Gathered, round_: int, base: str) -> bytes | None:
         """What is handed out with the weights of a round; None where nothing was given yet."""
         combined = held.combined()
-        if not combined.styles and combined.prototypes is None:
+        if not combined.styles and not combined.codes and combined.prototypes is None:
             return None
         return encode_combined(
             combined, self._form, study=self._study.digest, round_=round_, base=base
@@ -125,7 +141,7 @@ class Gathering:
             detail = "what it says of its statistics cannot be read"
             return held, [expected.refuse(RefusalReason.DAMAGED, detail)]
         site, refusals = expected.site, []
-        if said.get("amplitude", Said.GIVEN) is not Said.GIVEN:
+        if any(said.get(what, Said.GIVEN) is not Said.GIVEN for what in _ONCE):
             self._declined.add(site)
         held = replace(held, said={**held.said, site: {**held.said.get(site, {}), **said}})
         for what, payload in sorted(answer.payloads.items()):
@@ -137,7 +153,7 @@ class Gathering:
             if isinstance(verdict, Refusal):
                 refusals.append(verdict)
                 # Made once, a style would come again as it is.
-                self._declined |= {site} if what == "amplitude" else set()
+                self._declined |= {site} if what in _ONCE else set()
             elif isinstance(verdict, Prototypes):
                 grown = replace(held, prototypes={**held.prototypes, site: verdict})
                 flaw = self._flaw_together(grown)
@@ -145,6 +161,8 @@ class Gathering:
                     held = grown
                 else:
                     refusals.append(expected.refuse(RefusalReason.WRONG_SCHEMA, flaw))
+            elif isinstance(verdict, StyleCodes):
+                held = replace(held, codes={**held.codes, site: verdict})
             else:
                 held = replace(held, styles={**held.styles, site: verdict})
         return held, refusals
@@ -161,9 +179,9 @@ class Gathering:
 
     def _admit(
         self, payload: object, expected: Expected, what: Statistic
-    ) -> Tensor | Prototypes | Refusal:
+    ) -> Tensor | Prototypes | StyleCodes | Refusal:
         own = replace(expected, schema=self._form.schema(what), codec="fp32")
-        if what == "amplitude":
+        if what in _ONCE:
             own = replace(own, round=0, base="")  # it is made once, before or after any weights
         opened = open_expected(payload, own, Kind.STATISTICS)
         if isinstance(opened, Refusal):
@@ -185,6 +203,8 @@ class Gathering:
         try:
             if what == "amplitude":
                 return self._form.style_of(tensors)
+            if what == "codes":
+                return self._form.codes_of(tensors)
             found = self._form.prototypes_of(tensors)
         except ExchangeError as error:
             return expected.refuse(RefusalReason.WRONG_SCHEMA, f"{what}: {error}")
@@ -215,6 +235,8 @@ def packed(gathered: Gathered) -> tuple[Facts, bytes]:
     named = {f"amplitude/{site}": style for site, style in gathered.styles.items()}
     for site, found in gathered.prototypes.items():
         named |= {f"prototypes/{site}/{k}": tensor for k, tensor in found.tensors().items()}
+    for site, codes in gathered.codes.items():
+        named |= {f"codes/{site}/{k}": tensor for k, tensor in codes.state().items()}
     try:
         data = save({name: named[name].contiguous() for name in sorted(named)})
     except (SafetensorError, RuntimeError) as error:
@@ -237,6 +259,7 @@ def unpacked(data: bytes, facts: Facts) -> Gathered:
             {site: named[f"amplitude/{site}"] for site in sites["amplitude"]},
             {site: _prototypes(named, f"prototypes/{site}") for site in sites["prototypes"]},
             facts.said,
+            {site: _codes(named, f"codes/{site}") for site in sites["codes"]},
         )
     except (SafetensorError, KeyError) as error:
         raise StoreError(f"statistics: not readable: {error}") from None
@@ -252,3 +275,8 @@ def _prototypes(named: Mapping[str, Tensor], place: str) -> Prototypes:
         variance=named[f"{place}/{VARIANCE}"],
         voxels=named[f"{place}/{COUNT}"],
     )
+
+
+def _codes(named: Mapping[str, Tensor], place: str) -> StyleCodes:
+    centroids, spread = (named[f"{place}/{k}"].double().numpy() for k in (CENTROIDS, SPREAD))
+    return StyleCodes(centroids, spread)

@@ -278,7 +278,7 @@ class HarmonyStrategy(Strategy):
             order = order.model_copy(update={"given": hashlib.sha256(data).hexdigest()})
         sites = frozenset(self.nodes.values())
         for site in sorted(sites):
-            own = order.model_copy(update={"statistics": gathering.asked(site, held)})
+            own = order.model_copy(update={"statistics": gathering.asked(site, held, order.round)})
             for message in self._roster.messages(own, "train", arrays, but=sites - {site}):
                 if data is not None:
                     message.content["statistics"] = _record(data)

@@ -17,7 +17,7 @@ from uharmony_client.site import Site
 from uharmony_client.workbench import carried_after
 from uharmony_model.exchange.partition import Partition
 from uharmony_model.methods import EVERYTHING, RESIDUALS, Part
-from uharmony_model.networks import build_network
+from uharmony_model.networks import training_network
 from uharmony_model.study import Study
 
 Dice = dict[str, float]  # by case, over classes
@@ -38,7 +38,7 @@ def measure_swaps(
     matrix: dict[str, dict[str, float | None]] = {site.name: {} for site in opened}
     swaps: list[dict[str, Any]] = []
     for index, site in enumerate(opened):
-        network = build_network(study, site.domains, seed=study.seed).to(site.device)
+        network = training_network(study, site.domains, seed=study.seed).to(site.device)
         partition = Partition.of(network, study.plan.local)
         own = carried[site.name]
         measured: dict[str, Dice] = {}

@@ -35,11 +35,12 @@ from uharmony_simulation.site_options import site_options
 
 _POLICY = """\
 # All sites of a simulation lie on one machine: figures over few cases are shown to nobody else,
-# a run may be started again from an earlier round, and whatever statistics a study asks for are
-# given.
+# a run may be started again from an earlier round, and whatever statistics and parts of the model
+# a study asks for are given.
 policy:
   min_cases: 1
-  statistics: [amplitude, prototypes]
+  share: [backbone, norm_affine, norm_statistics, polynomial, style_autoencoder]
+  statistics: [amplitude, prototypes, codes]
   allow_rollback: true
 """
 

@@ -63,7 +63,7 @@ def sites(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_sites(study_of(), SOURCE, data, root / "sites")
     path = root / "sites" / "shy" / "site.yaml"
     content = yaml.safe_load(path.read_text())
-    assert content["policy"].pop("statistics") == ["amplitude", "prototypes"]
+    assert content["policy"].pop("statistics") == ["amplitude", "prototypes", "codes"]
     path.write_text(yaml.safe_dump(content))
     return root / "sites"
 

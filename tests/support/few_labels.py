@@ -19,7 +19,7 @@ from uharmony_client.objective import LocalData
 from uharmony_client.step_checkpoint import StepCheckpoint
 from uharmony_model.exchange.partition import Partition
 from uharmony_model.exchange.schema import flatten
-from uharmony_model.networks import build_network
+from uharmony_model.networks import training_network
 from uharmony_model.patches import without_label
 from uharmony_model.randomness import numpy_generator
 from uharmony_model.segmentation_network import SegmentationNetwork
@@ -102,7 +102,7 @@ class Place:
         self.before: Mapping[str, Tensor] = local
 
     def network(self) -> SegmentationNetwork:
-        return build_network(self.study, self.domains, seed=0).train()
+        return training_network(self.study, self.domains, seed=0).train()
 
     def round(
         self,

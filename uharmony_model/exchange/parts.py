@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from monai.networks.nets.swin_unetr import WindowAttention
 from torch import nn
 
+from uharmony_model.alignment.style_autoencoder import StyleAutoencoder
 from uharmony_model.depthwise_residual import DepthwiseResidual
 from uharmony_model.errors import PartitionError
 from uharmony_model.harmonic_layer import HarmonicNorm
@@ -62,8 +63,13 @@ def part_of(model: nn.Module) -> dict[str, Part]:
     """
     # A tied tensor has several keys, as in the state dict; each is classified by its own owner.
     owners = dict(_owners(model))
+    beside = tuple(f"{p}." for p, m in model.named_modules() if isinstance(m, StyleAutoencoder))
     parts = {}
     for key in model.state_dict():
+        # Whole, whatever it is made of: no logit depends on it.
+        if key.startswith(beside):
+            parts[key] = Part.STYLE
+            continue
         module, name = owners.get(key, (model, key))
         part = _classify(module, name)
         if part is None:

@@ -22,7 +22,7 @@ from uharmony_client.site_config import SiteConfig
 from uharmony_model.errors import UHarmonyError
 from uharmony_model.exchange.partition import Partition
 from uharmony_model.exchange.parts import part_of
-from uharmony_model.networks import build_network, check_patch
+from uharmony_model.networks import check_patch, training_network
 from uharmony_model.presence import input_channels
 from uharmony_model.study import Study
 
@@ -66,7 +66,7 @@ def what_leaves(
     noted = [("U702", Detail(None, line)) for line in differences(config.policy, study)]
     try:
         check_patch(study.network, study.training.patch, study.plan.backbone)
-        network = build_network(study, tuple(domains), seed=study.seed)
+        network = training_network(study, tuple(domains), seed=study.seed)
         partition = Partition.of(network, study.plan.local)
     except UHarmonyError as error:
         return None, [*noted, ("U701", Detail(None, str(error)))]
