@@ -47,7 +47,7 @@ def train_step(method: str, name: str) -> Callable[[], None]:
 
 
 def rows() -> list[Row]:
-    """UNet and SegResNet; the local residuals of stem and head are part of the cost."""
+    """UNet and SegResNet; the local residuals are part of the cost."""
     found = []
     for name in ("unet", "segresnet"):
         works = {m: train_step(m, name) for m in ("fedavg", "uharmony")}

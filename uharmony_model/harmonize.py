@@ -1,4 +1,4 @@
-"""Make any MONAI network a harmonised one: replace its norms, add residuals to stem and head.
+"""Make any MONAI network a harmonised one: replace its norms, add residuals to its kernels.
 
 Layers are found by their type, never by their name: rules such as `'bn' in key` match nothing in
 MONAI's networks and then share everything without a word.

@@ -42,9 +42,7 @@ from uharmony_model.prototypes import noise_deviation
 
 CASES = "cases"  # the manifest value with the number of training cases
 STARTED_FROM = "started_from"  # the round whose outcome the site's own parameters come from
-TAUGHT = (
-    "taught"  # a factor of the weight in [0, 1]: how much of what a site saw taught it something
-)
+TAUGHT = "taught"  # a factor of the weight in [0, 1]: how much taught it something, and may by now
 EQUAL = "equal"  # in place of the number of cases, where a site does not tell how many it has
 _BLOCK = 1 << 16
 _MAX_DETAIL = 300
