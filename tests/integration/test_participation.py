@@ -194,8 +194,12 @@ def test_the_command_runs_it_and_keeps_two_runs_apart(capsys, home, data):
     first = json.loads(outcome.read_text())["weights"]
     # Evaluation differs from that of `broken`, but changes no weights.
     site = yaml.safe_load((home / "out/sites/alpha/site.yaml").read_text())
-    given = ["amplitude", "prototypes"]
-    assert site["policy"] == {"min_cases": 1, "allow_rollback": True, "statistics": given}
+    assert site["policy"] == {
+        "min_cases": 1,
+        "allow_rollback": True,
+        "share": ["backbone", "norm_affine", "norm_statistics", "polynomial", "style_autoencoder"],
+        "statistics": ["amplitude", "prototypes", "codes"],
+    }
     again = start(capsys, home, data, "--participation", home / "broken.json", "--resume")
     assert again == (0, "")
     code, said = start(capsys, home, data, "--resume")
