@@ -32,7 +32,7 @@ from uharmony_model.study import Study
 from uharmony_server.admission import Refusal
 from uharmony_server.checkpoint import Checkpoint
 from uharmony_server.strategy import HarmonyStrategy
-from uharmony_simulation.engine import InProcessGrid, site_of
+from uharmony_simulation.engine import InProcessGrid, name_the_task, site_of
 
 HOSTILE = "harbour"  # between the others, so that leaving it out could shift something
 HONEST = ("alster", "north")
@@ -132,6 +132,7 @@ def flower_round(base: torch.Tensor, answer: Wrong | None, *, twice: bool = Fals
 
 def _aggregate(sent: Sequence[RecordDict]) -> RecordDict:
     # Flower's messages are made by its runtime; the strategy looks at content and error only.
+    name_the_task()
     asked = [Message(RecordDict(), node, "train") for node in range(1, len(sent) + 1)]
     for message in asked:
         message.metadata.__dict__["_message_id"] = f"m{message.metadata.dst_node_id}"

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from uharmony_client.finale_plan import learning_view
-from uharmony_client.learning import cases_learned_from, objective_of
+from uharmony_client.learning import objective_of
 from uharmony_client.ledger import tensor_facts
 from uharmony_client.ledger_entry import TensorFact
 from uharmony_client.local_train import train_round
@@ -31,7 +31,7 @@ from uharmony_client.policy import (
     statistics_view,
 )
 from uharmony_client.site import Site
-from uharmony_client.small_cells import update_values
+from uharmony_client.site_round import values_of
 from uharmony_client.workbench import Workbench
 from uharmony_model.exchange.payload import Kind, Value, decode, digest, encode
 from uharmony_model.initial import initial_local, initial_weights
@@ -103,17 +103,7 @@ def dry_run(site: Site, steps: int | None = None) -> DryRun:
             base=digest(base),
             codec=study.codec.up,
             schema=schema,
-            values={
-                **update_values(
-                    cases_learned_from(data, study),
-                    result.loss,
-                    study,
-                    policy,
-                    share=result.share,
-                    growth=result.growth,
-                ),
-                STARTED_FROM: 0,
-            },
+            values={**values_of(result, data, study, policy), STARTED_FROM: 0},
             flat=apply_policy(result.update, policy),
         )
         sent = Outgoing(None, policy).payload(update, schema)

@@ -16,9 +16,10 @@ from uharmony_client.evaluate import CaseRow, evaluate_split, save_rows, summari
 from uharmony_client.finale import Candidate, Choice, State, clear_shelf, play_finale
 from uharmony_client.learning import NOTHING, Given, cases_learned_from
 from uharmony_client.local_store import RoundKey
-from uharmony_client.local_train import train_round
+from uharmony_client.local_train import RoundResult, train_round
+from uharmony_client.objective import LocalData
 from uharmony_client.personal import ALONE, PERSONAL, as_personal, by_name, model_state
-from uharmony_client.policy import KEPT, STARTED_FROM, apply_policy
+from uharmony_client.policy import KEPT, STARTED_FROM, Policy, apply_policy
 from uharmony_client.site import Site
 from uharmony_client.small_cells import update_values
 from uharmony_client.step_checkpoint import StepCheckpoint
@@ -32,6 +33,7 @@ from uharmony_model.exchange.payload import Kind, Value, encode
 from uharmony_model.exchange.schema import unflatten
 from uharmony_model.initial import initial_local
 from uharmony_model.schedule import finale_round, splits_due
+from uharmony_model.study import Study
 
 
 @dataclass(frozen=True)
@@ -85,14 +87,7 @@ def round_update(
         on_step=on_step,
         checkpoint=StepCheckpoint(store.folder, key, site.config.resources.checkpoint_steps),
     )
-    values = update_values(
-        cases_learned_from(data, study),
-        result.loss,
-        study,
-        policy,
-        share=result.share,
-        growth=result.growth,
-    )
+    values = values_of(result, data, study, policy)
     update = encode(
         kind=Kind.UPDATE,
         study=study.digest,
@@ -106,6 +101,20 @@ def round_update(
     )
     store.write(key, update, result.local, allow_rollback=policy.allow_rollback)
     return update
+
+
+def values_of(
+    result: RoundResult, data: LocalData, study: Study, policy: Policy
+) -> dict[str, Value]:
+    """What leaves beside the update of a round, under the site's policy."""
+    return update_values(
+        cases_learned_from(data, study),
+        result.loss,
+        study,
+        policy,
+        share=result.share,
+        growth=result.growth,
+    )
 
 
 def measure(

@@ -23,14 +23,21 @@ log = logging.getLogger(__name__)
 CLIENT_APP_RAISED = 2
 
 
+def name_the_task() -> None:
+    """Say which task of which run this process is.
+
+    Flower stamps every message with it; a process without a task manager names it itself, as
+    Flower's own simulation does.
+    """
+    TaskIdentity.task_id, TaskIdentity.run_id = 1, 1
+    TaskIdentity.node_id = SUPERLINK_NODE_ID
+
+
 class InProcessGrid(OneRunGrid):
     """Nodes 1..n are the given sites, sorted by name."""
 
     def __init__(self, app: ClientAppLike, sites: Iterable[str]) -> None:
-        # Flower stamps every message with the task of its process; a process without a task
-        # manager, like this one, names it itself, as Flower's own simulation does.
-        TaskIdentity.task_id, TaskIdentity.run_id = 1, 1
-        TaskIdentity.node_id = SUPERLINK_NODE_ID
+        name_the_task()
         self._app = app
         super().__init__()
         self._contexts: dict[int, Context] = {

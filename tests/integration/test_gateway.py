@@ -491,10 +491,11 @@ def test_leave_shuts_the_site_out(scene: Scene, tmp_path: Path):
 
 def test_status_file_counts_refusals(scene: Scene):
     here = scene.town
-    scene.town.call(here.anonymous(), "/nothing", b"")
+    here.call(here.anonymous(), "/nothing", b"")
+    here.call(scene.north.context(), PULL, b"x", node_headers(scene.north))
     wanted = here.gateway.shared.refusals["unknown-path"]
     assert wait_until(lambda: f'"unknown-path": {wanted}' in here.folder.gateway_status.read_text())
-    assert '"north"' in here.folder.gateway_status.read_text()
+    assert wait_until(lambda: '"north"' in here.folder.gateway_status.read_text())
 
 
 def test_server_certificate_is_reloaded(scene: Scene):

@@ -89,12 +89,17 @@ def write_study(path: Path, **changes: Any) -> Path:
 
 def command(capsys: pytest.CaptureFixture[str], app: Typer, *words: str | Path) -> tuple[int, str]:
     """Run a command as its console script does: the exit code and what stderr says."""
+    return run_command(app, *words), capsys.readouterr().err
+
+
+def run_command(app: Typer, *words: str | Path) -> int:
+    """The exit code alone, where nobody captures what is said: in a fixture of a module."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["uharmony", *map(str, words)])
         with pytest.raises(SystemExit) as ended:
             run(app)
     code = ended.value.code
-    return (code if isinstance(code, int) else 0), capsys.readouterr().err
+    return code if isinstance(code, int) else 0
 
 
 def simulate(capsys: pytest.CaptureFixture[str], *words: str | Path) -> tuple[int, str]:

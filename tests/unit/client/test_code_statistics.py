@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from dataclasses import replace
 from functools import partial
@@ -14,14 +13,13 @@ import pytest
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from tests.support import wire
-from tests.support.tiny import tiny_study, write_folder
+from tests.support import few_patients, wire
+from tests.support.few_patients import write_cases
 from uharmony_client.ledger import Ledger
 from uharmony_client.ledger_check import show
 from uharmony_client.outgoing import Outgoing
 from uharmony_client.policy import Policy
 from uharmony_client.site import Site
-from uharmony_client.site_config import SiteConfig
 from uharmony_client.site_round import Bench
 from uharmony_client.statistics import given_of, statistics_answer, without_own
 from uharmony_client.workbench import Workbench
@@ -34,10 +32,7 @@ from uharmony_model.exchange.schema import unflatten
 from uharmony_model.exchange.statistics import Combined, StatisticsForm, encode_combined
 from uharmony_model.initial import initial_weights
 from uharmony_model.networks import autoencoder_of, training_network
-from uharmony_model.study import Study
 
-PATIENTS = ("a", "a", "b", "c", "d")  # of the five cases: one has two
-SIZE = 16
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 OPEN = Policy(statistics=("codes",), min_cases=1)
 
@@ -50,34 +45,16 @@ def _small(monkeypatch):
     )
 
 
-def study_of(**unlabelled) -> Study:
-    return tiny_study(
-        method="glua-fed",
-        network={"features": [4, 8]},
-        training={"patch": [SIZE] * 3, "local_steps": 1, "batch_size": 1},
-        evaluation={"validation": 0.0, "test": 0.0, "every": 0},
-        unlabelled={"min_patients": 3, "style": "codes", **unlabelled},
-    )
+study_of = partial(few_patients.study_of, style="codes")
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = write_folder(tmp_path_factory.mktemp("data") / "volumes", {"alpha": 5}, SIZE)
-    path = folder / "cases.csv"
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    for row, patient in zip(rows, PATIENTS, strict=True):
-        row["patient"] = patient
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    return folder
+    return write_cases(tmp_path_factory.mktemp("data") / "volumes")
 
 
 def open_site(data, store, policy=OPEN, study=None, **options) -> Site:
-    config = SiteConfig(name="alpha", cases=data, store=store, policy=policy, **options)
-    return Site.open(config, study or study_of())
+    return few_patients.open_site(data, store, policy, study or study_of(), **options)
 
 
 def ask(site: Site, *what, round_=2, ledger=None, weights=None):

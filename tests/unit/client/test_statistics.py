@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 from hashlib import sha256
@@ -13,8 +12,9 @@ import pytest
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from tests.support import wire
-from tests.support.tiny import tiny_study, write_folder
+from tests.support import few_patients, wire
+from tests.support.few_patients import SIZE, study_of, write_cases
+from tests.support.tiny import tiny_study
 from uharmony_client import statistics as module
 from uharmony_client.approval import require_approved
 from uharmony_client.ledger import Ledger
@@ -23,7 +23,6 @@ from uharmony_client.outgoing import Outgoing
 from uharmony_client.policy import Policy, least_patients, statistics_view
 from uharmony_client.releases import Releases
 from uharmony_client.site import Site
-from uharmony_client.site_config import SiteConfig
 from uharmony_client.site_round import Bench
 from uharmony_client.statistics import Answer, given_of, statistics_answer
 from uharmony_client.workbench import Workbench
@@ -40,38 +39,15 @@ from uharmony_model.study import Study
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 BOTH = Policy(statistics=("amplitude", "prototypes"), min_cases=1)
-PATIENTS = ("a", "a", "b", "c", "d")  # of the five cases: one has two
-SIZE = 16
-
-
-def study_of(method: str = "glua-fed", **unlabelled) -> Study:
-    return tiny_study(
-        method=method,
-        network={"features": [4, 8]},
-        training={"patch": [SIZE] * 3, "local_steps": 1, "batch_size": 1},
-        evaluation={"validation": 0.0, "test": 0.0, "every": 0},
-        unlabelled={"min_patients": 3, **unlabelled},
-    )
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = write_folder(tmp_path_factory.mktemp("data") / "volumes", {"alpha": 5}, SIZE)
-    path = folder / "cases.csv"
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    for row, patient in zip(rows, PATIENTS, strict=True):
-        row["patient"] = patient
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    return folder
+    return write_cases(tmp_path_factory.mktemp("data") / "volumes")
 
 
 def open_site(data, store, policy=BOTH, study=None, **options) -> Site:
-    config = SiteConfig(name="alpha", cases=data, store=store, policy=policy, **options)
-    return Site.open(config, study or study_of())
+    return few_patients.open_site(data, store, policy, study or study_of(), **options)
 
 
 def bench_of(site: Site) -> Bench:
