@@ -37,8 +37,10 @@ from uharmony_model.extension_line import keep_line_apart
 from uharmony_model.frozen import Frozen, parse
 from uharmony_model.methods import EVERYTHING, METHODS
 from uharmony_model.networks import build_network, without_style
+from uharmony_model.segmentation_network import SegmentationNetwork
 from uharmony_model.study import Study
 from uharmony_model.task import Name
+from uharmony_model.undrawn import UndrawnFromShared
 
 _MAX_JSON_BYTES = 1 << 20
 _PLACEHOLDER = "unseen"
@@ -47,20 +49,23 @@ _PLACEHOLDER = "unseen"
 class SiteEntry(Frozen):
     """sites/<site>.json: the site's domains in the order of its case table, its modalities.
 
-    `own`: its tensors are a whole model of the site's own, of the network that this method has, and
-    the shared ones are not used.
+    `own`: its tensors are a whole model of the site's own, of the network that this method has.
+    `undrawn`: classes that the site does not draw and the shared tensors say (see `undrawn`).
     """
 
     domains: Annotated[tuple[Name, ...], Field(min_length=1)]
     modalities: tuple[str, ...] = ()
     own: str | None = None
+    undrawn: tuple[Name, ...] = ()
 
 
 @dataclass(frozen=True)
 class Model:
     """A model ready to predict with; `domains` is empty where no site was chosen.
 
-    `digest` is the SHA-256 of the files that were used.
+    `network` has the site's own parameters. Of the classes in `undrawn` they know nothing: there
+    `shared`, with all residuals zero, has the word. `digest` is the SHA-256 of the files that were
+    used.
     """
 
     network: nn.Module
@@ -68,6 +73,15 @@ class Model:
     domains: tuple[str, ...]
     modalities: tuple[str, ...]
     digest: str
+    undrawn: tuple[str, ...] = ()
+    shared: nn.Module | None = None
+
+    @property
+    def predictor(self) -> nn.Module:
+        """What to predict with."""
+        if self.shared is None:
+            return self.network
+        return UndrawnFromShared(self.network, self.shared, self.undrawn, self.study.task)
 
 
 def save_bundle(
@@ -78,11 +92,13 @@ def save_bundle(
     domains: Mapping[str, Sequence[str]],
     modalities: Mapping[str, Sequence[str]] | None = None,
     own: Mapping[str, str] | None = None,
+    undrawn: Mapping[str, Sequence[str]] | None = None,
     notes: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write the folder, whole or not at all; `local`, `domains` and `modalities` are by site.
 
-    `own` is the method of those whose tensors are a whole model of their own; `notes` are further
+    `own` is the method of those whose tensors are a whole model of their own, `undrawn` the classes
+    that the shared tensors say at a site, see `SiteEntry`; `notes` are further
     files beside study.json, by name. A style autoencoder is left out: it predicts nothing, and a
     decoder of images is nothing to hand out.
 
@@ -100,6 +116,7 @@ def save_bundle(
                 domains=tuple(domains[site]),
                 modalities=tuple((modalities or {}).get(site, ())),
                 own=(own or {}).get(site),
+                undrawn=tuple((undrawn or {}).get(site, ())),
             )
             write_atomic(temporary / "sites" / f"{site}.json", entry.model_dump_json().encode())
             path = temporary / "sites" / f"{site}.safetensors"
@@ -125,12 +142,10 @@ def load_bundle(folder: Path, site: str | None) -> Model:
     digest = hashlib.sha256()
     study = parse(Study, _read_json(folder / "study.json", digest), str(folder / "study.json"))
     shared = _read_tensors(folder / "shared.safetensors", digest)
+    entry, plain = None, None
     if site is None:
         _require_no_site_needed(folder, study)
-        network = build_network(study, (_PLACEHOLDER,), seed=study.seed)
-        made_by, partition = study, Partition.of(network, study.plan.local)
-        # A fresh network's residuals are zero, and a pass without a domain does not use them.
-        entry, local = None, partition.split(network.state_dict())[1]
+        network = _shared_network(folder, study, shared)
     else:
         if site not in known_sites(folder):
             raise ConfigError(
@@ -144,21 +159,49 @@ def load_bundle(folder: Path, site: str | None) -> Model:
         network = build_network(made_by, entry.domains, seed=study.seed)
         parts = study.plan.local if entry.own is None else EVERYTHING
         partition = Partition.of(network, parts)
-        shared = shared if entry.own is None else {}
-    network.load_state_dict(partition.merge(shared, local), strict=True)
-    keep_line_apart(network, folder, made_by)
+        merged = partition.merge(shared if entry.own is None else {}, local)
+        network.load_state_dict(merged, strict=True)
+        keep_line_apart(network, folder, made_by)
+        if entry.undrawn:
+            _require_known(entry.undrawn, study, path)
+            plain = _shared_network(folder, study, shared).eval()
     return Model(
         network=network.eval(),
         study=study,
         domains=entry.domains if entry else (),
         modalities=entry.modalities if entry else (),
         digest=digest.hexdigest(),
+        undrawn=entry.undrawn if entry else (),
+        shared=plain,
     )
 
 
 def known_sites(folder: Path) -> tuple[str, ...]:
     """The sites whose own parameters are in the folder, sorted."""
     return tuple(sorted(path.stem for path in (folder / "sites").glob("*.json")))
+
+
+def _shared_network(
+    folder: Path, study: Study, shared: Mapping[str, Tensor]
+) -> SegmentationNetwork:
+    """The network with all residuals zero."""
+    network = build_network(study, (_PLACEHOLDER,), seed=study.seed)
+    partition = Partition.of(network, study.plan.local)
+    # A fresh network's residuals are zero, and a pass without a domain does not use them.
+    local = partition.split(network.state_dict())[1]
+    network.load_state_dict(partition.merge(shared, local), strict=True)
+    keep_line_apart(network, folder, study)
+    return network
+
+
+def _require_known(undrawn: Sequence[str], study: Study, path: Path) -> None:
+    unknown = [name for name in undrawn if name not in study.task.classes]
+    if unknown or not study.plan.serves_unseen:
+        wrong = f"no classes {', '.join(unknown)}" if unknown else f"method {study.method}"
+        raise StoreError(
+            f"{path}: undrawn names {', '.join(undrawn):.200}, which the shared model cannot say: "
+            f"the study has {wrong}; copy the model again"
+        )
 
 
 def _with_method(study: Study, method: str, path: Path) -> Study:

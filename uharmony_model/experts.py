@@ -62,8 +62,7 @@ def expert_network(
         PartitionError: tensors are not those of the study's network, or not finite.
         NetworkError: two experts have one name.
     """
-    plan = study.plan
-    if not plan.keeps_residuals:
+    if not study.keeps_residuals:
         raise ConfigError(f"method {study.method} keeps no residuals at its sites: no experts")
     if not experts:
         raise ConfigError("no expert to load; without one, use the shared model as it is")
@@ -73,7 +72,7 @@ def expert_network(
             raise PartitionError(f"{name}: not finite; leave this expert out")
     network = build_network(study, [expert.name for expert in experts], seed=study.seed)
     assert isinstance(network, HarmonizedNetwork)  # noqa: S101 - as the method is harmonised
-    partition = Partition.of(network, plan.local)
+    partition = Partition.of(network, study.plan.local)
     network.load_state_dict(partition.merge(shared, local), strict=True)
     return network.eval()
 

@@ -31,4 +31,4 @@ def publication_round(study: Study) -> int:
 
 def publication_due(study: Study) -> tuple[Publishable, ...]:
     """What sites are asked to publish; nothing where no residuals are kept at the sites."""
-    return study.publication.asked if study.plan.keeps_residuals else ()
+    return study.publication.asked if study.keeps_residuals else ()

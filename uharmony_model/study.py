@@ -152,6 +152,11 @@ class Study(Frozen):
         return Harmonization.model_validate(changed)
 
     @property
+    def keeps_residuals(self) -> bool:
+        """Whether sites keep residuals of the harmonisation layer: what experts are made of."""
+        return self.plan.keeps_residuals and bool(self.harmonization.residuals)
+
+    @property
     def parts(self) -> frozenset[Part]:
         """What the tensors of the method's network can be."""
         plan = self.plan

@@ -142,7 +142,13 @@ def extend(
         kept, state, dice = fit.run(shown, measured, steps, _tell(steps, say))
         sites = {site: grown_site(entry, old, new) for site, entry in old.sites.items()}
         modality = _common_modalities(found, config, new.task)
-        sites[name] = OldSite(fit.local(state), (name,), modality)
+        undrawn = [n for n in new.task.classes if annotated and n not in annotated]
+        sites[name] = OldSite(
+            fit.local(state),
+            (name,),
+            modality,
+            undrawn=tuple(undrawn) if new.plan.serves_unseen else (),
+        )
         shared = {key: state[key] for key in fit.partition.shared_keys}
         trial = Path(place) / "model"
         _write(trial, old, new, shared, sites)
@@ -280,6 +286,7 @@ def _write(
         {name: site.domains for name, site in sites.items()},
         {name: site.modalities for name, site in sites.items()},
         own={name: site.own for name, site in sites.items() if site.own is not None},
+        undrawn={name: site.undrawn for name, site in sites.items()},
         notes={LINE: encode_line(line)} if line else None,
     )
 

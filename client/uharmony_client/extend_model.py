@@ -46,12 +46,13 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class OldSite:
-    """A site's entry: its tensors by KEY or KEY@DOMAIN; `own` as in `SiteEntry`."""
+    """A site's entry: its tensors by KEY or KEY@DOMAIN; the others as in `SiteEntry`."""
 
     local: State
     domains: tuple[str, ...]
     modalities: tuple[str, ...] = ()
     own: str | None = None
+    undrawn: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,7 +197,7 @@ def _same(
 def _logits(model: Model, image: Tensor, domain: int | None) -> Tensor:
     study = model.study
     return predict_logits(
-        model.network,
+        model.predictor,
         image,
         patch=study.training.patch,
         overlap=study.evaluation.overlap,
@@ -256,7 +257,7 @@ def _site(folder: Path, site: str, model: Model) -> OldSite:
     entry = _entry(folder, site)
     parts = model.study.plan.local if entry.own is None else EVERYTHING
     local = Partition.of(model.network, parts).split(model.network.state_dict())[1]
-    return OldSite(dict(local), entry.domains, entry.modalities, entry.own)
+    return OldSite(dict(local), entry.domains, entry.modalities, entry.own, entry.undrawn)
 
 
 def _entry(folder: Path, site: str) -> SiteEntry:

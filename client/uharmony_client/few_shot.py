@@ -56,7 +56,8 @@ class FewShot:
     """A new domain: its residuals by KEY@DOMAIN, what they are, and how that was decided.
 
     `dice` is that of the cases of the `held_out` patient, by candidate; None where no class could
-    be measured. Without such a patient there is none, and the fitted residuals are kept.
+    be measured. Without such a patient there is none, and the fitted residuals are kept. Classes
+    that are `undrawn` in the cases stay the shared model's.
     """
 
     name: str
@@ -67,6 +68,7 @@ class FewShot:
     kept: Kept
     dice: Mapping[Kept, float | None]
     steps: int
+    undrawn: tuple[str, ...] = ()
 
     @property
     def summary(self) -> str:
@@ -136,7 +138,7 @@ def _fitted(
     network = build_network(study, (name,), seed=study.seed)
     partition = Partition.of(network, study.plan.local)
     learned = frozenset(partition.local_keys) & {key for key, _ in network.named_parameters()}
-    if not (study.plan.keeps_residuals and learned):
+    if not (study.keeps_residuals and learned):
         raise ConfigError(
             f"method {study.method} has no residuals that a new site could fit; --few-shot needs "
             "a model of the method uharmony"
@@ -186,6 +188,11 @@ def _fitted(
         kept=kept,
         dice=dice,
         steps=steps,
+        undrawn=tuple(
+            n
+            for n, drawn in zip(study.task.class_names, annotated.tolist(), strict=True)
+            if not drawn
+        ),
     )
 
 
@@ -202,6 +209,7 @@ def save_fitted(folder: Path, chooser: DomainChooser, fitted: FewShot) -> None:
         {fitted.name: fitted.local},
         {fitted.name: (fitted.name,)},
         {fitted.name: fitted.modalities},
+        undrawn={fitted.name: fitted.undrawn},
     )
 
 

@@ -22,6 +22,7 @@ from uharmony_client.local_store import UNFINISHED, RoundKey
 from uharmony_client.local_train import learning_rate
 from uharmony_client.optimizer import make_optimizer, restore_moments
 from uharmony_client.personal import by_name, from_names, model_state, personal_part
+from uharmony_client.predictor import predictor
 from uharmony_client.site import Site
 from uharmony_client.step_checkpoint import StepCheckpoint
 from uharmony_client.training_steps import StepListener, cosine, run_steps
@@ -97,7 +98,7 @@ def play_finale(
     found = found or {"federated": Candidate(network, method, federated)}
     if not names:  # what such a site could choose by are labels that may not be used
         return Choice("federated", found["federated"], {})
-    by_case = {name: _validation(model, site) for name, model in found.items()}
+    by_case = {name: _validation(model, site, shared) for name, model in found.items()}
     kept = choose(by_case, site.study.finale.choice)
     return Choice(kept, found[kept], {name: mean(dice) for name, dice in by_case.items()})
 
@@ -192,7 +193,8 @@ def _half_way(first: State, second: State) -> State:
     }
 
 
-def _validation(model: Candidate, site: Site) -> dict[str, float]:
+def _validation(model: Candidate, site: Site, shared: Mapping[str, Tensor]) -> dict[str, float]:
     """Dice of every validation case, the mean over its classes."""
     model.network.load_state_dict(model.state)
-    return dice_by_case(evaluate_split(model.network, site, "validation", round_=0, slow=False))
+    network = predictor(site, model.network, shared, model.state)
+    return dice_by_case(evaluate_split(network, site, "validation", round_=0, slow=False))

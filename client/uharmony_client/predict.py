@@ -164,7 +164,7 @@ def predict(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StoreError(f"{out}: {error.strerror}; give another --out folder") from None
-    serving.model.network.to(where)
+    serving.model.predictor.to(where)
     search, refused = (MixtureSearch() if test_time else None), []
     for request in requests:
         case = prepare_case(request.images, modalities, task, max_voxels)

@@ -72,7 +72,7 @@ def segment_prepared(
     """
     task = model.study.task
     logits = predict_logits(
-        model.network,
+        model.predictor,
         case.image,
         patch=model.study.training.patch,
         overlap=model.study.evaluation.overlap,

@@ -54,6 +54,7 @@ class Serving:
             "study": self.model.study.digest,
             "classes": [{"name": n, "values": list(v)} for n, v in task.classes.items()],
             "overlapping": task.overlapping,
+            "undrawn": list(self.model.undrawn),
             "few_shot": None if self.fitted is None else self.fitted.facts,
         }
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from pydantic import NonNegativeInt
-from torch import Tensor
+from torch import Tensor, nn
 
 from uharmony_client.personal import from_names, local_parameters, own_model
+from uharmony_client.predictor import predictor, undrawn_classes
 from uharmony_client.site import Site
 from uharmony_client.workbench import carried_after
 from uharmony_model.bundle import save_bundle
@@ -20,7 +21,6 @@ from uharmony_model.exchange.partition import Partition
 from uharmony_model.frozen import Frozen, parse
 from uharmony_model.networks import training_network
 from uharmony_model.schedule import finale_round
-from uharmony_model.segmentation_network import SegmentationNetwork
 from uharmony_model.training_settings import Candidate
 
 _ROUND_FILE = "round.json"
@@ -101,6 +101,7 @@ def save_site_model(
         {site.name: site.domains},
         {site.name: site.modalities},
         own={} if own is None else {site.name: own},
+        undrawn={site.name: undrawn_classes(site, entry)},
         notes={_ROUND_FILE: ModelNote(round=round_, kept=kept).model_dump_json().encode()},
     )
 
@@ -112,7 +113,7 @@ def site_entry(site: Site, carried: Mapping[str, Tensor]) -> tuple[dict[str, Ten
 
 def site_network(
     site: Site, shared: Mapping[str, Tensor], carried: Mapping[str, Tensor]
-) -> SegmentationNetwork:
+) -> nn.Module:
     """The network that the site measures and predicts with, on its device."""
     entry, own = site_entry(site, carried)
     study = site.study if own is None else site.study.with_method(own)
@@ -122,7 +123,7 @@ def site_network(
     else:
         state = from_names(network, entry)
     network.load_state_dict(state)
-    return network
+    return predictor(site, network, shared, entry)
 
 
 def model_note(folder: Path) -> ModelNote:

@@ -246,7 +246,7 @@ def _pictures(site: Site, results: SiteResults) -> list[Picture]:
     if results.own:
         models.append(("local-only", results.alone_model, alone_site(site)))
     for model, folder, where in models:
-        network = load_for_site(where, folder).network.to(site.device)
+        network = load_for_site(where, folder).predictor.to(site.device)
         for which, pair in chosen.items():
             case = next(c for c in site.split("test") if c.case == pair.case)
             dice = pair.alone if model == "local-only" else pair.federated

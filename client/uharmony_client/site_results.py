@@ -138,7 +138,7 @@ def evaluate_site(site: Site, model_folder: Path) -> SiteResults:
         models.append((own, alone, model_note(alone_model(site)).round))
     rows: list[tuple[CaseRow, ...]] = []
     for where, model, number in models:
-        network = model.network.to(where.device)
+        network = model.predictor.to(where.device)
         found = evaluate_split(network, where, "test", round_=number, slow=True)
         network.cpu()  # one model on the device at a time
         save_rows(found, where, "test", number)

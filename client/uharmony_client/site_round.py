@@ -20,7 +20,9 @@ from uharmony_client.local_train import RoundResult, train_round
 from uharmony_client.objective import LocalData
 from uharmony_client.personal import ALONE, PERSONAL, as_personal, by_name, model_state
 from uharmony_client.policy import KEPT, STARTED_FROM, Policy, apply_policy
+from uharmony_client.predictor import predictor
 from uharmony_client.site import Site
+from uharmony_client.site_models import site_entry
 from uharmony_client.small_cells import update_values
 from uharmony_client.step_checkpoint import StepCheckpoint
 from uharmony_client.training_steps import StepListener
@@ -125,9 +127,10 @@ def measure(
     bench.network.load_state_dict(
         model_state(bench.network, bench.partition, bench.shared, carried)
     )
+    network = predictor(site, bench.network, bench.shared, site_entry(site, carried)[0])
     rows = []
     for split in splits:
-        found = evaluate_split(bench.network, site, split, round_=round_, slow=slow)
+        found = evaluate_split(network, site, split, round_=round_, slow=slow)
         save_rows(found, site, split, round_)
         rows += found
     return rows
@@ -166,9 +169,10 @@ def finale_metrics(
     )
     model = choice.model
     model.network.load_state_dict(model.state)
+    network = predictor(site, model.network, bench.shared, model.state)
     rows: list[CaseRow] = []
     for split in splits_due(study, study.training.rounds):
-        found = evaluate_split(model.network, site, split, round_=round_, slow=True)
+        found = evaluate_split(network, site, split, round_=round_, slow=True)
         save_rows(found, site, split, round_)
         rows += found
     _note_choice(site, choice, round_)

@@ -14,6 +14,7 @@ from flwr.serverapp import Grid
 
 from uharmony_client.case_figures import draw_site_cases
 from uharmony_client.flower_app import OnStep, make_client_app
+from uharmony_client.predictor import undrawn_classes
 from uharmony_client.site import Opened, Site
 from uharmony_client.site_config import Labels, load_site
 from uharmony_client.site_models import site_entry, site_network
@@ -215,7 +216,10 @@ def _keep_model(
     own = {name: method for name, (_, method) in entries.items() if method is not None}
     domains = {s.name: s.domains for s in opened}
     modalities = {s.name: s.modalities for s in opened}
-    save_bundle(folder / "model", arm.study, shared, local, domains, modalities, own=own)
+    undrawn = {s.name: undrawn_classes(s, local[s.name]) for s in opened}
+    save_bundle(
+        folder / "model", arm.study, shared, local, domains, modalities, own=own, undrawn=undrawn
+    )
     hand_out(folder / "model", state.published, arm.study)
     for site in opened if figures else ():
         network = site_network(site, shared, carried[site.name])

@@ -53,7 +53,7 @@ def measure_unseen(
     that took part, where each is a false alarm. A model without residuals has U0 alone.
     """
     model = load_bundle(folder, None)
-    if not model.study.plan.keeps_residuals:
+    if not model.study.keeps_residuals:
         model.network.to(left.device)
         plain: Dice = {}
         for case in left.split("test"):

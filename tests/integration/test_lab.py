@@ -166,7 +166,15 @@ def test_a_site_that_was_left_out_is_served_step_by_step(tmp_path, data, capsys)
     path = write_lab(
         tmp_path / "study",
         sites=3,
-        arms=["uharmony", "fedavg"],
+        arms=[
+            "uharmony",
+            "fedavg",
+            {
+                "name": "none",
+                "method": "uharmony",
+                "set": {"network.harmonization.residuals": []},
+            },
+        ],
         seeds=[0],
         grid={"shift": ["mixed-invert"], "without": [None, "site-3"]},
         few_shot=[2],
@@ -184,9 +192,10 @@ def test_a_site_that_was_left_out_is_served_step_by_step(tmp_path, data, capsys)
     assert all(cases == tested[0] for cases in tested)
     assert tested[0].isdisjoint(row["case"] for row in record["cases"])
     assert 0 <= unseen["U4"]["refused"] <= 1
-    plain = found["mixed-invert-1_without-site-3/fedavg_seed-0.json"]["unseen"]
-    assert set(plain["dice"]) == {"U0"}
-    assert set(plain["dice"]["U0"]) == tested[0]
+    for arm in ("fedavg", "none"):  # nothing to mix and nothing to fit
+        plain = found[f"mixed-invert-1_without-site-3/{arm}_seed-0.json"]["unseen"]
+        assert set(plain["dice"]) == {"U0"}
+        assert set(plain["dice"]["U0"]) == tested[0]
     tables = (tmp_path / "out" / "tables.md").read_text()
     assert "mixed-invert 1, left out" in tables
     assert "uharmony U3-2" in tables

@@ -268,7 +268,9 @@ def score_with(monkeypatch, scores: dict[str, float | None]) -> dict[str, dict[s
     left = iter(scores)
     states: dict[str, dict[str, Tensor]] = {}
 
-    def validation(model: finale.Candidate, site: Site) -> dict[str, float]:
+    def validation(
+        model: finale.Candidate, site: Site, shared: dict[str, Tensor]
+    ) -> dict[str, float]:
         name = next(left)
         states[name] = model.state
         found = scores[name]

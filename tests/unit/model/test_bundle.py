@@ -34,7 +34,7 @@ def study() -> Study:
 def write_bundle(tmp_path, study):
     """A model of random weights with two sites; north has two domains."""
 
-    def write(method="uharmony"):
+    def write(method="uharmony", **options):
         chosen = study.model_copy(update={"method": method})
         folder = tmp_path / f"model-{method}"
         domains = {"north": ("n1", "n2"), "south": ("s",)}
@@ -48,7 +48,7 @@ def write_bundle(tmp_path, study):
                 for key, tensor in network.state_dict().items()
             }
             shared, local[site] = Partition.of(network, chosen.plan.local).split(state)
-        save_bundle(folder, chosen, shared, local, domains, {"north": ("T1",)})
+        save_bundle(folder, chosen, shared, local, domains, {"north": ("T1",)}, **options)
         return folder, shared, local
 
     return write
@@ -65,6 +65,32 @@ def test_a_site_gets_the_shared_and_its_own_tensors(write_bundle):
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[key], expected[key]) for key in expected)
     assert any("@n2" in key for key in local["north"])
+
+
+def test_undrawn_classes_come_from_the_shared_tensors(write_bundle):
+    folder, _, _ = write_bundle(undrawn={"south": ("core",)})
+    x = torch.randn(1, 1, 8, 8, 8, generator=torch.Generator().manual_seed(0))
+    north, south, plain = (load_bundle(folder, site) for site in ("north", "south", None))
+    assert north.predictor is north.network
+    assert south.undrawn == ("core",)
+    with torch.no_grad():
+        found, shared = south.predictor(x, torch.tensor([0])), plain.network(x)
+    ratio = (found[:, 2] - found[:, 0]) - (shared[:, 2] - shared[:, 0])  # core to background
+    assert torch.allclose(ratio, torch.zeros_like(ratio), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("method", "names", "wrong"),
+    [("uharmony", ["liver"], "no classes liver"), ("fedbn-in", ["core"], "method fedbn-in")],
+)
+def test_undrawn_classes_that_no_shared_model_could_say_are_refused(
+    write_bundle, method, names, wrong
+):
+    folder, _, _ = write_bundle(method)
+    path = folder / "sites" / "south.json"
+    path.write_text(json.dumps({**json.loads(path.read_bytes()), "undrawn": names}))
+    with pytest.raises(StoreError, match=f"cannot say: the study has {wrong}; copy"):
+        load_bundle(folder, "south")
 
 
 def test_without_a_site_residuals_are_zero(write_bundle):
