@@ -18,7 +18,9 @@ class Harmonization(Frozen):
     `layers` says which norms become harmonisation layers: all, those of the encoder or of the
     decoder, or the first n; the others stay as the backbone has them. `residuals` is the capacity
     of a domain: phi in every harmonisation layer, kernels of the stem, depthwise kernels in the
-    first stages, the head.
+    first stages, the head. `domain_dropout` is the share of steps that train the state of a site
+    nobody knows, with all of them at zero; `unseen_view` what these steps see: images as they are,
+    with intensities strongly changed, or turned over too (see `uharmony_model.unseen_view`).
     """
 
     order: Annotated[int, Field(ge=1, le=3)] = 1
@@ -26,6 +28,7 @@ class Harmonization(Frozen):
     layers: Literal["all", "encoder", "decoder"] | PositiveInt = "all"
     residuals: tuple[Residual, ...] = ("phi", "stem", "depthwise")
     domain_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    unseen_view: Literal["plain", "strong", "inverted"] = "plain"
     compiled: bool = False
 
     @field_validator("residuals")

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from uharmony_model.losses import segmentation_loss
 from uharmony_model.patches import Batch, StoredVolume, draw_batch
+from uharmony_model.randomness import numpy_generator
 from uharmony_model.study import Study
+from uharmony_model.unseen_view import unseen_view
 
 Carried = Mapping[str, Tensor]
 
@@ -89,6 +91,8 @@ class Supervised:
     def loss(self, network: nn.Module, round_: int, step: int, *, drop: bool) -> Tensor:
         """Dice plus cross-entropy of one batch."""
         image, label, domain = self.draw(network, round_, step)
+        if drop and self.study.plan.harmonized:
+            image = self._as_unseen(image, round_, step)
         logits = network(image, domain, drop=drop)
         annotated = self.data.annotated.to(image.device)
         return segmentation_loss(logits, label, self.study.task, annotated)
@@ -99,6 +103,18 @@ class Supervised:
         where = (study.seed, data.site, round_, step)
         batch = draw_batch(data.volumes, study.task, study.training, *where)
         return on_device(network, batch, data.domains)
+
+    def _as_unseen(self, image: Tensor, round_: int, step: int) -> Tensor:
+        """What a step without residuals sees; masks of presence stay."""
+        view, channels = self.study.harmonization.unseen_view, self.study.task.channels
+        if view == "plain":
+            return image
+        where = (self.study.seed, self.data.site, round_, step, "unseen-view")
+        draws = [numpy_generator(*where, sample) for sample in range(len(image))]
+        found = image.clone()
+        shown = unseen_view(image[:, :channels].cpu(), draws, invert=view == "inverted")
+        found[:, :channels] = shown.to(image.device)
+        return found
 
     def moved(self, network: nn.Module, round_: int, step: int) -> None:
         """Nothing else moves."""

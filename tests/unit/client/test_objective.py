@@ -33,6 +33,25 @@ def test_the_supervised_loss_is_that_of_the_labelled_draw_alone(drop):
     assert not torch.equal(found, other)
 
 
+@pytest.mark.parametrize(
+    ("method", "drop", "view", "changed"),
+    [
+        ("uharmony", True, "strong", True),
+        ("uharmony", True, "inverted", True),
+        ("uharmony", True, "plain", False),
+        ("uharmony", False, "inverted", False),  # a site's own part sees its images as they are
+        ("fedavg", True, "inverted", False),  # it has no state that only unseen sites have
+    ],
+)
+def test_only_steps_without_residuals_see_an_unseen_scanner(method, drop, view, changed):
+    plain = study_of("none", method)
+    study = study_of("none", method, network={"harmonization": {"unseen_view": view}})
+    network, data = Place(plain, ("x",)).network(), data_of()
+    one, other = (Supervised(data, s).loss(network, 2, 1, drop=drop) for s in (plain, study))
+    assert bool(one != other) is changed
+    assert torch.equal(other, Supervised(data, study).loss(network, 2, 1, drop=drop))
+
+
 def test_without_a_rule_unlabelled_cases_change_nothing():
     place = Place(study_of("none"))
     assert same(place.round(data_of()), place.round(data_of(unlabelled=[])))
