@@ -3,7 +3,7 @@
     model/study.json                  the study, canonical
           shared.safetensors          tensors by state-dict key
           sites/<site>.safetensors    local tensors by key, or by KEY@DOMAIN
-          sites/<site>.json           {"domains": [...], "modalities": [...]}
+          sites/<site>.json           {"domains": [...], "modalities": [...], ...}: `SiteEntry`
           experts/  prototypes.json   what sites published, where they did (`publication`)
 
 A coordinator hands out the folder without entries in `sites/`; a hospital keeps one with its own
@@ -40,7 +40,7 @@ from uharmony_model.networks import build_network, without_style
 from uharmony_model.segmentation_network import SegmentationNetwork
 from uharmony_model.study import Study
 from uharmony_model.task import Name
-from uharmony_model.undrawn import UndrawnFromShared
+from uharmony_model.undrawn import with_undrawn
 
 _MAX_JSON_BYTES = 1 << 20
 _PLACEHOLDER = "unseen"
@@ -64,8 +64,8 @@ class Model:
     """A model ready to predict with; `domains` is empty where no site was chosen.
 
     `network` has the site's own parameters. Of the classes in `undrawn` they know nothing: there
-    `shared`, with all residuals zero, has the word. `digest` is the SHA-256 of the files that were
-    used.
+    the shared model has the word, which is `network` without residuals, or `shared` beside a whole
+    model of the site's own. `digest` is the SHA-256 of the files that were used.
     """
 
     network: nn.Module
@@ -79,9 +79,7 @@ class Model:
     @property
     def predictor(self) -> nn.Module:
         """What to predict with."""
-        if self.shared is None:
-            return self.network
-        return UndrawnFromShared(self.network, self.shared, self.undrawn, self.study.task)
+        return with_undrawn(self.network, self.undrawn, self.study.task, self.shared)
 
 
 def save_bundle(
@@ -164,7 +162,7 @@ def load_bundle(folder: Path, site: str | None) -> Model:
         keep_line_apart(network, folder, made_by)
         if entry.undrawn:
             _require_known(entry.undrawn, study, path)
-            plain = _shared_network(folder, study, shared).eval()
+            plain = None if entry.own is None else _shared_network(folder, study, shared).eval()
     return Model(
         network=network.eval(),
         study=study,

@@ -93,7 +93,8 @@ def fits_whole(
     An empty window of `patch` voxels goes through the network as one of this `domain`, and the
     bytes of every layer's output are counted. They grow with the voxels; see `MEMORY_MARGIN`.
     """
-    bytes_per_voxel = _activation_bytes(network, channels, patch, domain) / math.prod(patch)
+    one = getattr(network, "own", network)  # of two passes one after the other, one counts
+    bytes_per_voxel = _activation_bytes(one, channels, patch, domain) / math.prod(patch)
     return MEMORY_MARGIN * bytes_per_voxel * math.prod(whole) <= memory_gib * (1 << 30)
 
 

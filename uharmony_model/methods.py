@@ -84,7 +84,9 @@ class Method:
         return self.harmonized and bool(self.local) and self.serves_unseen
 
 
-_REVIN = MappingProxyType({"stage2": "revin", "residuals": (), "domain_dropout": 0.0})
+_REVIN = MappingProxyType(
+    {"stage2": "revin", "residuals": (), "domain_dropout": 0.0, "unseen_view": "plain"}
+)
 
 _UNLABELLED: dict[Rule, str] = {
     "mean-teacher": "Mean Teacher (Tarvainen & Valpola 2017, arXiv:1703.01780)",

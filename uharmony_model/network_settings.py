@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, get_args
 
-from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from uharmony_model.frozen import Frozen
 
@@ -37,6 +37,15 @@ class Harmonization(Frozen):
         if len(set(names)) != len(names):
             raise ValueError("a residual is named twice")
         return tuple(name for name in RESIDUAL_NAMES if name in names)  # one order, one digest
+
+    @model_validator(mode="after")
+    def _there_are_steps_that_see_it(self) -> Harmonization:
+        if self.unseen_view != "plain" and not self.domain_dropout:
+            raise ValueError(
+                f"unseen_view: {self.unseen_view} is what steps with domain dropout see; give "
+                "domain_dropout more than 0, such as 0.1"
+            )
+        return self
 
     @property
     def restoration(self) -> Literal["free", "affine", "revin", "restore", "off"]:

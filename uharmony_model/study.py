@@ -78,6 +78,12 @@ class Study(Frozen):
 
     @model_validator(mode="after")
     def _rule_fits_the_network(self) -> Study:
+        strange = self.plan.harmonized and self.harmonization.unseen_view != "plain"
+        if strange and self.rule in ("ust-run", "glua"):
+            raise ValueError(
+                f"network.harmonization.unseen_view: {self.rule} makes its own views; leave it at "
+                "plain"
+            )
         if self.rule == "glua" and self.plan.backbone is not None:
             raise ValueError(
                 f"{self.method} does not say where its deepest level is, as glua needs"
@@ -228,9 +234,12 @@ class Study(Frozen):
 
         Sorting would hide the order of the classes, which is the order of the outputs. A study
         that asks for no publication, or has no cases without labels, says nothing of it, as before
-        there was any; nor of forms of alignment that it leaves at their defaults.
+        there was any; nor of forms of alignment, or of the view of steps without residuals, that it
+        leaves at their defaults.
         """
         silent: dict[str, Any] = {}
+        if self.network.harmonization.unseen_view == Harmonization().unseen_view:
+            silent["network"] = {"harmonization": {"unseen_view"}}
         if self.publication == Publication():
             silent["publication"] = True
         default = Unlabelled()

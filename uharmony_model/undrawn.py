@@ -21,6 +21,15 @@ from torch import Tensor, nn
 from uharmony_model.task import Task
 
 
+def with_undrawn(
+    own: nn.Module, undrawn: Collection[str], task: Task, shared: nn.Module | None = None
+) -> nn.Module:
+    """`own` where nothing is undrawn, else both. Without `shared`, `own` without its residuals."""
+    if not undrawn:
+        return own
+    return UndrawnFromShared(own, own if shared is None else shared, undrawn, task)
+
+
 class UndrawnFromShared(nn.Module):
     """A site's network `own` for the classes that it draws, `shared` for those in `undrawn`.
 

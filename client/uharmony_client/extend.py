@@ -54,6 +54,7 @@ from uharmony_model.networks import build_network
 from uharmony_model.publication import read_publication, write_publication
 from uharmony_model.segmentation_network import SegmentationNetwork
 from uharmony_model.study import Study
+from uharmony_model.undrawn import with_undrawn
 
 Say = Callable[[str], None]
 
@@ -142,13 +143,7 @@ def extend(
         kept, state, dice = fit.run(shown, measured, steps, _tell(steps, say))
         sites = {site: grown_site(entry, old, new) for site, entry in old.sites.items()}
         modality = _common_modalities(found, config, new.task)
-        undrawn = [n for n in new.task.classes if annotated and n not in annotated]
-        sites[name] = OldSite(
-            fit.local(state),
-            (name,),
-            modality,
-            undrawn=tuple(undrawn) if new.plan.serves_unseen else (),
-        )
+        sites[name] = OldSite(fit.local(state), (name,), modality, undrawn=fit.undrawn)
         shared = {key: state[key] for key in fit.partition.shared_keys}
         trial = Path(place) / "model"
         _write(trial, old, new, shared, sites)
@@ -186,6 +181,9 @@ class _Fit:
         self.network.to(device)
         self.entries = new_entries(old.study, new, (), (name,))
         self.grown = new.task != old.study.task
+        drawn = zip(new.task.class_names, annotated.tolist(), strict=True)
+        known = tuple(name for name, there in drawn if not there)
+        self.undrawn = known if new.plan.serves_unseen else ()
 
     def run(
         self,
@@ -250,9 +248,10 @@ class _Fit:
                 raise TrainingError(f"{key}: an old entry has moved; nothing was written")
 
     def _measured(self, volumes: Sequence[StoredVolume]) -> list[tuple[CaseMetrics, ...]]:
+        network = with_undrawn(self.network, self.undrawn, self.study.task)
         return [
             measure_volume(
-                self.network,
+                network,
                 volume,
                 self.study,
                 domain=0,

@@ -18,7 +18,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from uharmony_client.case_table import Case
 from uharmony_client.domain_choice import DomainChooser
@@ -36,8 +36,8 @@ from uharmony_model.experts import mixed_expert
 from uharmony_model.frozen import parse
 from uharmony_model.networks import build_network
 from uharmony_model.randomness import numpy_generator
-from uharmony_model.segmentation_network import SegmentationNetwork
 from uharmony_model.task import Task
+from uharmony_model.undrawn import with_undrawn
 
 STEPS = 200
 LEAST_CASES = 2
@@ -173,11 +173,14 @@ def _fitted(
         on_step=on_step,
     )
     candidates["fitted"] = _own(partition, network.state_dict())
+    drawn = zip(study.task.class_names, annotated.tolist(), strict=True)
+    undrawn = tuple(name for name, known in drawn if not known)
+    served = with_undrawn(network, undrawn, study.task)
     dice: dict[Kept, float | None] = {}
     for kind, local in candidates.items() if held_out else ():
         network.load_state_dict(partition.merge(shared, local))
         held = [volumes[case.case] for case in held_out]
-        dice[kind] = _mean_dice(network, held, chooser.model, device, annotated)
+        dice[kind] = _mean_dice(served, held, chooser.model, device, annotated)
     kept = _best(dice)
     return FewShot(
         name=name,
@@ -188,11 +191,7 @@ def _fitted(
         kept=kept,
         dice=dice,
         steps=steps,
-        undrawn=tuple(
-            n
-            for n, drawn in zip(study.task.class_names, annotated.tolist(), strict=True)
-            if not drawn
-        ),
+        undrawn=undrawn,
     )
 
 
@@ -267,7 +266,7 @@ def _mixture(chooser: DomainChooser, volumes: Sequence[StoredVolume], name: str)
 
 
 def _mean_dice(
-    network: SegmentationNetwork,
+    network: nn.Module,
     volumes: Sequence[StoredVolume],
     model: Model,
     device: torch.device,

@@ -196,5 +196,5 @@ def _half_way(first: State, second: State) -> State:
 def _validation(model: Candidate, site: Site, shared: Mapping[str, Tensor]) -> dict[str, float]:
     """Dice of every validation case, the mean over its classes."""
     model.network.load_state_dict(model.state)
-    network = predictor(site, model.network, shared, model.state)
+    network = predictor(site, model.network, model.state, shared)
     return dice_by_case(evaluate_split(network, site, "validation", round_=0, slow=False))

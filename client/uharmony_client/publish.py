@@ -122,6 +122,9 @@ def reasons_of(site: Site, what: Publishable) -> dict[str, Reason]:
     # A site that came for the finale has a model, and no residuals that others have learned with.
     if not site.store.newest(site.study.digest, up_to=site.study.training.rounds):
         return dict.fromkeys(site.domains, Reason.NOT_TRAINED)
+    # Its residuals have forgotten the other classes, and a mixture could not tell which.
+    if what == "experts" and not bool(site.annotated.all()):
+        return dict.fromkeys(site.domains, Reason.UNDRAWN_CLASSES)
     return domain_reasons(
         site.name, patients_by_domain(site), what, site.study.publication, site.config.policy
     )

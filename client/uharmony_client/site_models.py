@@ -123,7 +123,7 @@ def site_network(
     else:
         state = from_names(network, entry)
     network.load_state_dict(state)
-    return predictor(site, network, shared, entry)
+    return predictor(site, network, entry, None if own is None else shared)
 
 
 def model_note(folder: Path) -> ModelNote:

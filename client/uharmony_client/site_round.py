@@ -127,7 +127,8 @@ def measure(
     bench.network.load_state_dict(
         model_state(bench.network, bench.partition, bench.shared, carried)
     )
-    network = predictor(site, bench.network, bench.shared, site_entry(site, carried)[0])
+    entry, own = site_entry(site, carried)
+    network = predictor(site, bench.network, entry, None if own is None else bench.shared)
     rows = []
     for split in splits:
         found = evaluate_split(network, site, split, round_=round_, slow=slow)
@@ -169,7 +170,7 @@ def finale_metrics(
     )
     model = choice.model
     model.network.load_state_dict(model.state)
-    network = predictor(site, model.network, bench.shared, model.state)
+    network = predictor(site, model.network, model.state, bench.shared)
     rows: list[CaseRow] = []
     for split in splits_due(study, study.training.rounds):
         found = evaluate_split(network, site, split, round_=round_, slow=True)

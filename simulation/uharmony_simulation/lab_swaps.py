@@ -13,6 +13,7 @@ import torch
 
 from uharmony_client.evaluate import dice_by_case, evaluate_split
 from uharmony_client.personal import model_state
+from uharmony_client.predictor import predictor
 from uharmony_client.site import Site
 from uharmony_client.workbench import carried_after
 from uharmony_model.exchange.partition import Partition
@@ -45,7 +46,7 @@ def measure_swaps(
         for other in opened:
             foreign = _renamed(carried[other.name], other, site)
             network.load_state_dict(model_state(network, partition, shared, foreign))
-            measured[other.name] = _dice(network, site)
+            measured[other.name] = _dice(predictor(other, network, foreign, shared), site)
             matrix[other.name][site.name] = _mean(measured[other.name])
         neighbour = opened[(index + 1) % len(opened)]
         if partition.local_keys:
@@ -55,7 +56,8 @@ def measure_swaps(
             keys = {k for k, p in partition.parts.items() if p is part}
             mixed = {k: foreign[k] if k.partition("@")[0] in keys else v for k, v in own.items()}
             network.load_state_dict(model_state(network, partition, shared, mixed))
-            swaps += _pairs(site, part.value, measured[site.name], _dice(network, site))
+            swapped = _dice(predictor(neighbour, network, foreign, shared), site)
+            swaps += _pairs(site, part.value, measured[site.name], swapped)
     return matrix, swaps
 
 

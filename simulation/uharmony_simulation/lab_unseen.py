@@ -39,6 +39,7 @@ from uharmony_model.networks import build_network
 from uharmony_model.prototypes import MAX_RELEASED, PublicFrame, prototype_of
 from uharmony_model.segmentation_network import SegmentationNetwork
 from uharmony_model.test_time import MixtureSearch
+from uharmony_model.undrawn import with_undrawn
 
 Dice = dict[str, float]
 _SMALLEST_SCALE = 1e-3
@@ -104,7 +105,10 @@ def _chooser(model: Model, opened: Sequence[Site]) -> DomainChooser:
             name = f"{site.name}.{case.domain}"
             u = describe(network, _input(site, case.case), window=study.training.patch)
             described.setdefault(name, {}).setdefault(case.patient, []).append(u)
-            experts.setdefault(name, Expert(name, _of_domain(local, case.domain)))
+            residuals = _of_domain(local, case.domain)
+            if not bool(site.annotated.all()):  # such a site publishes no expert
+                residuals = {key: torch.zeros_like(tensor) for key, tensor in residuals.items()}
+            experts.setdefault(name, Expert(name, residuals))
     patients = {
         name: np.stack([np.mean(rows, axis=0) for rows in by_patient.values()])
         for name, by_patient in described.items()
@@ -149,10 +153,10 @@ def _few_shot(chooser: DomainChooser, left: Site, count: int) -> Dice:
     shared = Partition.of(mixing, study.plan.local).split(mixing.state_dict())[0]
     cpu = {key: tensor.cpu() for key, tensor in shared.items()}
     network.load_state_dict(partition.merge(cpu, fitted.local))
-    network.to(left.device)
+    served = with_undrawn(network.to(left.device), fitted.undrawn, study.task)
     dice: Dice = {}
     for case in left.split("test"):
-        _put(dice, left, case.case, network, torch.ones(1))
+        _put(dice, left, case.case, served, torch.ones(1))
     return dice
 
 

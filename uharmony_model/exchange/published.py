@@ -45,6 +45,7 @@ class Reason(StrEnum):
     PUBLISHED = "published"
     NOT_OPTED_IN = "not_opted_in"  # the site's policy does not name it
     NOT_TRAINED = "not_trained"  # the site has done no round
+    UNDRAWN_CLASSES = "undrawn_classes"  # an expert of a site that does not draw every class
     TOO_FEW_PATIENTS = "too_few_patients"
     TELLS_OF_ANOTHER = "tells_of_another"  # its count would give away one that is too small
     TOO_MANY_PATIENTS = "too_many_patients"  # delta must stay below one in so many

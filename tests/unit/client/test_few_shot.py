@@ -283,6 +283,30 @@ def test_a_class_that_is_not_annotated_is_no_background(chooser, write_cases):
         of(annotated=("liver",))
 
 
+def test_what_it_is_chosen_by_is_what_is_served(chooser, write_cases, tmp_path, monkeypatch):
+    """Where the shared model divides the rest, masks of drawn classes are others too."""
+    folder = write_cases(4)
+    values = {1: 1, 2: 0}
+    config = SiteConfig(
+        name="x", cases=folder, store=folder, annotated=("edema",), label_map=values
+    )
+    measured = []
+    real = evaluate.measure_volume
+
+    def remember(network, volume, *given, **named):
+        measured.append((volume, given, named))
+        return real(network, volume, *given, **named)
+
+    monkeypatch.setattr(module, "measure_volume", remember)
+    fitted = fit(chooser, folder, steps=20, like=config)
+    assert fitted.undrawn == ("core",)
+    save_fitted(tmp_path / "made", chooser, fitted)
+    served = load_bundle(tmp_path / "made", "here").predictor
+    volume, given, named = measured[-1]
+    found = evaluate.mean_dice(real(served, volume, *given, **named))
+    assert found == fitted.dice[fitted.kept]
+
+
 def test_only_annotated_classes_are_measured_to_choose_by(chooser, write_cases, monkeypatch):
     """A class that nobody drew would count as found where there is none."""
 

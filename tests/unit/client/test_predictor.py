@@ -76,6 +76,7 @@ def by_formula(own: Tensor, shared: Tensor) -> Tensor:
         ("uharmony", None, ()),
         ("uharmony", EVERY, ()),
         ("fedavg", ("blob",), ()),  # nothing of its own that could have forgotten it
+        ("fedavg-bn", ("blob",), ()),  # the counter of a norm has not
         ("ditto", ("blob",), ("halo",)),
         ("fedbn-in", ("blob",), ()),  # what is shared makes no model
         ("local", ("blob",), ()),
@@ -85,7 +86,7 @@ def test_where_the_shared_model_is_asked(after_a_round, method, annotated, found
     site, bench = after_a_round(method, annotated)
     entry, _ = site_entry(site, carried_after(site, 1))
     assert undrawn_classes(site, entry) == found
-    network = predictor(site, bench.network, bench.shared, entry)
+    network = predictor(site, bench.network, entry)
     assert (network is bench.network) is not bool(found)
 
 

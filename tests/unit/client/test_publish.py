@@ -361,6 +361,14 @@ def test_who_opts_out_later_sends_nothing_more(opened, tmp_path):
     assert set(answer.said.values()) == {(Reason.NOT_OPTED_IN,)}
 
 
+def test_who_does_not_draw_every_class_publishes_no_expert(opened, tmp_path, monkeypatch):
+    site, bench = opened
+    monkeypatch.setattr(SiteConfig, "annotates", lambda config, task: (False,))
+    answer = publish(fresh(site, tmp_path), bench)
+    assert [release.what for release in answer.releases] == ["prototypes"]
+    assert answer.said["experts"] == (Reason.UNDRAWN_CLASSES,)
+
+
 def test_who_never_trained_has_nothing_to_publish(opened, tmp_path):
     site, bench = opened
     newcomer = fresh(site, tmp_path).with_study(site.study)

@@ -177,3 +177,30 @@ def test_a_study_without_unlabelled_cases_is_as_before_there_were_any():
     plain = tiny_study()
     assert "unlabelled" not in json.loads(plain.canonical_json())
     assert "unlabelled" in json.loads(tiny_study(unlabelled={"rule": "fixmatch"}).canonical_json())
+
+
+def test_the_view_of_steps_without_residuals_is_named_where_it_is_chosen():
+    def layer(study: Study) -> dict[str, object]:
+        found: dict[str, object] = json.loads(study.canonical_json())["network"]["harmonization"]
+        return found
+
+    assert "unseen_view" not in layer(tiny_study())
+    chosen = {"harmonization": {"unseen_view": "strong"}}
+    assert layer(tiny_study(network=chosen))["unseen_view"] == "strong"
+    assert "unseen_view" not in layer(tiny_study(network=chosen).with_method("local"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"network": {"harmonization": {"domain_dropout": 0}}}, "give domain_dropout more than 0"),
+        ({"unlabelled": {"rule": "ust-run"}}, "ust-run makes its own views"),
+        ({"method": "uharmony", "unlabelled": {"rule": "glua"}}, "glua makes its own views"),
+    ],
+)
+def test_a_view_that_nothing_would_see_is_refused(changes, said):
+    layer = changes.get("network", {}).get("harmonization", {})
+    network = {"harmonization": {"unseen_view": "inverted", **layer}}
+    with pytest.raises(ValidationError, match=said):
+        tiny_study(**{"method": "uharmony", **changes, "network": network})
+    tiny_study(network={"harmonization": {"unseen_view": "inverted"}}, method="fedavg-revin")

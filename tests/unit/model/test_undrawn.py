@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from uharmony_model.inference import fits_whole
 from uharmony_model.task import Task
 from uharmony_model.undrawn import UndrawnFromShared
 
@@ -77,3 +78,24 @@ def test_only_the_sites_own_network_has_a_domain():
     UndrawnFromShared(own, shared, ["liver"], EXCLUSIVE)(X, torch.tensor([2]))
     assert own.domains == [torch.tensor([2])]
     assert shared.domains == [None]
+
+
+def test_of_its_two_passes_one_counts_against_the_memory():
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Conv3d(1, 4, 1)
+
+        def forward(self, x: Tensor, domain: Tensor | None = None) -> Tensor:
+            found: Tensor = self.layers(x)
+            return found
+
+    own = Whole()
+    both = UndrawnFromShared(own, Whole(), ["liver"], EXCLUSIVE)
+    # 4 channels of 512 voxels in 4 bytes, twice for what lies between layers.
+    for budget, fits in ((2.1 * 4 * 512 * 4, True), (1.9 * 4 * 512 * 4, False)):
+        for network in (own, both):
+            found = fits_whole(
+                network, 1, patch=(4, 4, 4), whole=(8, 8, 8), memory_gib=budget / (1 << 30)
+            )
+            assert found is fits
