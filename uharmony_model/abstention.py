@@ -1,9 +1,12 @@
-"""When a volume is too far from every domain to be segmented without a word (U4).
+"""When a volume is a known domain's, and when it is too far from all to be segmented (U4).
 
-    limit = (1 + margin) * max_i d_i        d_i: patient i to the nearest prototype, left out itself
+    familiar = 90 % of the d_i lie within   d_i: patient i to the nearest prototype, left out itself
+    limit = (1 + margin) * max_i d_i
 
-Leaving a patient out matters: a prototype lies nearer to the patients that it is the mean of. Ours.
-The limit is one patient's distance; it is computed from patients without privacy noise.
+A volume nearer than `familiar` is served with experts; one beyond it, with none: another scanner's
+stem costs more than no stem (docs/evidence.md). One beyond `limit` is not believed at all. Leaving
+a patient out matters: a prototype lies nearer to the patients that it is the mean of. Both rules
+are ours. Both numbers are computed from patients without privacy noise.
 """
 
 from __future__ import annotations
@@ -19,6 +22,9 @@ from uharmony_model.errors import ConfigError
 from uharmony_model.frozen import Frozen
 from uharmony_model.gate import Gate
 
+FAMILIAR_SHARE = 0.9
+"""The share of the federation's patients that are recognised as those of a known domain."""
+
 MARGIN = 0.1
 """How far beyond the farthest patient of the federation a volume may lie, as a share of it."""
 
@@ -29,10 +35,12 @@ class AbstentionLimit(Frozen):
     `margin` is contained in the limit. `false_rate` is the share of the federation's patients that
     would be refused, each left out once; None where the limit was not computed from patients. With
     a limit at the maximum only the farthest one can be, so it is 0 or one patient's share.
+    `familiar` is the distance up to which a volume counts as one of a known domain; None: all do.
     """
 
     limit: NonNegativeFloat
     margin: NonNegativeFloat
+    familiar: NonNegativeFloat | None = None
     false_rate: Annotated[float, Field(ge=0, le=1)] | None = None
 
     @classmethod
@@ -52,7 +60,16 @@ class AbstentionLimit(Frozen):
         # The maximum of the others is the second largest for the farthest patient alone.
         second, first = np.partition(d, -2)[-2:]
         refused = bool(first > (1 + margin) * second)
-        return cls(limit=float((1 + margin) * first), margin=margin, false_rate=refused / len(d))
+        return cls(
+            limit=float((1 + margin) * first),
+            margin=margin,
+            familiar=float(np.quantile(d, FAMILIAR_SHARE)),
+            false_rate=refused / len(d),
+        )
+
+    def knows(self, distance: float) -> bool:
+        """Whether a volume this far from its nearest prototype counts as one of its domain."""
+        return self.familiar is None or distance <= self.familiar
 
     def abstains(self, distance: float) -> bool:
         """Whether a volume this far from its nearest prototype is refused."""

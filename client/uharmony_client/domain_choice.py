@@ -1,6 +1,6 @@
 """Which domain a volume of no known site gets: `uharmony-predict --domain auto`.
 
-    U0   all residuals zero               a model without a publication
+    U0   all residuals zero               a volume like none of the domains, or no publication
     U1   w = gate(descriptor)             mixes the published experts, in one pass
     U2   w moved by entropy               optional, guarded (`uharmony_model.test_time`)
     U4   distance beyond the limit        the model says that it does not know
@@ -70,12 +70,20 @@ class Chosen:
         return self.limit.abstains(self.gate.distance)
 
     @property
+    def familiar(self) -> bool | None:
+        """Whether it is like a known domain's, so that experts serve it; None: not known."""
+        if self.gate is None or self.limit is None or self.limit.familiar is None:
+            return None
+        return self.limit.knows(self.gate.distance)
+
+    @property
     def facts(self) -> dict[str, Any]:
         """The same for the JSON beside a segmentation; null is what cannot be said."""
         facts: dict[str, Any] = dict.fromkeys(
             ("gate", "distances", "nearest", "distance", "mixture", "test_time")
         )
         facts |= {"adaptation": self.adaptation, "abstained": self.abstained}
+        facts["familiar"] = self.familiar
         facts |= {
             name: None if self.limit is None else getattr(self.limit, name)
             for name in ("limit", "margin", "false_rate")
@@ -174,8 +182,9 @@ class DomainChooser:
         if self.gate is None:
             return Chosen()
         choice = self.gate.choose(self.describe(image))
-        if not self.experts:
-            return Chosen(gate=choice, limit=self.limit)
+        unserved = Chosen(gate=choice, limit=self.limit)
+        if not self.experts or unserved.familiar is False:
+            return unserved
         weights, outcome = self.mixture(choice), None
         network, study = self.model.network, self.model.study
         if search is not None and len(weights) > 1:

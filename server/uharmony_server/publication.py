@@ -7,9 +7,10 @@ The limit beyond which a volume is refused comes from released prototypes alone,
 more of patients than they do: no prototype has its nearest neighbour farther away,
 
     limit = (1 + margin) * max_j min_{k != j} ||p_j - p_k||
+    familiar = 1/2 * max_j min_{k != j} ||p_j - p_k||           half-way to another domain at most
 
-It is ours and crude: it says how far the domains are apart and not how wide they are, and how
-often it is wrong is not known. The limit of `uharmony_model.abstention` would need the patients'
+Both are ours and crude: they say how far the domains are apart and not how wide they are, and how
+often they are wrong is not known. The limit of `uharmony_model.abstention` would need the patients'
 own distances, which have no privacy claim; so they stay at the sites.
 """
 
@@ -139,7 +140,8 @@ def abstention_limit(prototypes: Sequence[Prototype]) -> AbstentionLimit | None:
     means = stacked_means(prototypes)
     apart = np.linalg.norm(means[:, None] - means, axis=-1)
     np.fill_diagonal(apart, np.inf)
-    return AbstentionLimit(limit=(1 + MARGIN) * float(apart.min(1).max()), margin=MARGIN)
+    farthest = float(apart.min(1).max())
+    return AbstentionLimit(limit=(1 + MARGIN) * farthest, margin=MARGIN, familiar=farthest / 2)
 
 
 def frame_of(study: Study, form: PublicationForm) -> Frame:

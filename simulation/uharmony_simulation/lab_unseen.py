@@ -2,6 +2,7 @@
 
     U0            all residuals zero
     U1, U1 hard   the gate's mixture of the other sites' experts; the nearest one alone
+    auto          what `--domain auto` serves: U1 where the volume is familiar, else U0
     U2            that mixture moved by entropy on the volume itself
     U3-n          residuals fitted on n of its own training cases
     U4            how often the gate says that it does not know
@@ -12,9 +13,10 @@ ladder can do, not what a release with noise leaves of it.
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ import torch
 from torch import Tensor
 
 from uharmony_client.case_table import CaseTable
-from uharmony_client.domain_choice import DomainChooser
+from uharmony_client.domain_choice import Chosen, DomainChooser
 from uharmony_client.evaluate import mean_dice, measure_volume, network_input
 from uharmony_client.few_shot import fit_domain
 from uharmony_client.personal import local_parameters
@@ -51,7 +53,8 @@ def measure_unseen(
     """Every step of the ladder on the test split of `left`, from the model in `folder`.
 
     Each step gives Dice by case; `U4` the shares of test volumes refused, here and at the sites
-    that took part, where each is a false alarm. A model without residuals has U0 alone.
+    that took part, where each is a false alarm, and of those that are familiar; `known` Dice under
+    `auto` by site that took part. A model without residuals has U0 alone.
     """
     model = load_bundle(folder, None)
     if not model.study.keeps_residuals:
@@ -60,37 +63,51 @@ def measure_unseen(
         for case in left.split("test"):
             _put(plain, left, case.case, model.network, None)
         return {"site": left.name, "dice": {"U0": plain}, "U4": None}
-    chooser = _chooser(model, opened)
+    guarded = _chooser(model, opened)
+    chooser = dataclasses.replace(guarded, limit=None)  # mixes for every volume
     chooser.model.network.to(left.device)
-    known = [
-        chooser.choose(_input(site, case.case)).abstained
-        for site in opened
-        for case in site.split("test")
-    ]
+    known: list[Chosen] = []
+    at_home: dict[str, Dice] = {site.name: {} for site in opened}
+    for site in opened:
+        for case in site.split("test"):
+            known.append(guarded.choose(_input(site, case.case)))
+            network, weights = guarded.model.network, known[-1].weights
+            _put(at_home[site.name], site, case.case, network, weights)
     cases = left.split("test")
-    ladder: dict[str, Dice] = {"U0": {}, "U1": {}, "U1 hard": {}, "U2": {}}
-    refused = []
+    ladder: dict[str, Dice] = {"U0": {}, "U1": {}, "U1 hard": {}, "auto": {}, "U2": {}}
+    served = []
     for case in cases:
         image = _input(left, case.case)
+        served.append(guarded.choose(image))
         chosen = chooser.choose(image)
         searched = chooser.choose(image, search=MixtureSearch(), volume=case.case)
         assert chosen.gate is not None  # noqa: S101 - the chooser has prototypes
-        refused.append(chosen.abstained)
         hard = torch.zeros(len(chosen.gate.domains))
         hard[int(chosen.gate.distances.argmin())] = 1.0
         mixtures = {"U0": None, "U1": chosen.weights, "U1 hard": hard, "U2": searched.weights}
         for step, mixture in mixtures.items():
             _put(ladder[step], left, case.case, chooser.model.network, mixture)
+        taken = ladder["U1" if served[-1].familiar else "U0"]
+        if case.case in taken:
+            ladder["auto"][case.case] = taken[case.case]
     for count in few_shot:
         ladder[f"U3-{count}"] = _few_shot(chooser, left, count)
     return {
         "site": left.name,
         "dice": ladder,
+        "known": at_home,
         "U4": {
-            "refused": statistics.fmean(refused) if refused else None,
-            "refused at the sites that took part": statistics.fmean(known) if known else None,
+            "refused": _share(c.abstained for c in served),
+            "refused at the sites that took part": _share(c.abstained for c in known),
+            "familiar": _share(bool(c.familiar) for c in served),
+            "familiar at the sites that took part": _share(bool(c.familiar) for c in known),
         },
     }
+
+
+def _share(said: Iterable[bool]) -> float | None:
+    answers = list(said)
+    return statistics.fmean(answers) if answers else None
 
 
 def _chooser(model: Model, opened: Sequence[Site]) -> DomainChooser:

@@ -186,12 +186,16 @@ def test_a_site_that_was_left_out_is_served_step_by_step(tmp_path, data, capsys)
     assert {row["site"] for row in record["cases"]} == {"site-1", "site-2"}
     unseen = record["unseen"]
     assert unseen["site"] == "site-3"
-    assert set(unseen["dice"]) == {"U0", "U1", "U1 hard", "U2", "U3-2"}
+    assert set(unseen["dice"]) == {"U0", "U1", "U1 hard", "auto", "U2", "U3-2"}
     tested = [set(by_case) for by_case in unseen["dice"].values()]
     assert tested[0]
     assert all(cases == tested[0] for cases in tested)
     assert tested[0].isdisjoint(row["case"] for row in record["cases"])
     assert 0 <= unseen["U4"]["refused"] <= 1
+    assert 0 <= unseen["U4"]["familiar at the sites that took part"] <= 1
+    steps = unseen["dice"]
+    assert all(d in (steps["U0"][c], steps["U1"][c]) for c, d in steps["auto"].items())
+    assert set(unseen["known"]) == {"site-1", "site-2"}
     for arm in ("fedavg", "none"):  # nothing to mix and nothing to fit
         plain = found[f"mixed-invert-1_without-site-3/{arm}_seed-0.json"]["unseen"]
         assert set(plain["dice"]) == {"U0"}

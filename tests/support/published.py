@@ -77,7 +77,11 @@ def write_model(folder: Path, study: Study) -> Path:
 
 
 def publication(
-    study: Study, *, experts: Sequence[str] = tuple(SITES), limit: float | None = 1.0
+    study: Study,
+    *,
+    experts: Sequence[str] = tuple(SITES),
+    limit: float | None = 1.0,
+    familiar: float | None = None,
 ) -> Publication:
     """Experts of some sites; a prototype of each domain, which is the descriptor of its look."""
     network, local = plain_network(study), tensors(study)[1]
@@ -100,7 +104,7 @@ def publication(
             ),
             abstention=None
             if limit is None
-            else AbstentionLimit(limit=limit, margin=0.1, false_rate=0.25),
+            else AbstentionLimit(limit=limit, margin=0.1, familiar=familiar, false_rate=0.25),
         ),
     )
 

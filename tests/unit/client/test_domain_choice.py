@@ -136,11 +136,26 @@ def test_it_abstains_beyond_the_limit(chooser, study, factor, abstained):
     assert (facts["margin"], facts["false_rate"]) == (0.1, 0.25)
 
 
+@pytest.mark.parametrize(("factor", "familiar"), [(1.001, True), (0.999, False)])
+@pytest.mark.parametrize("search", [None, MixtureSearch(steps=1)])
+def test_an_unfamiliar_volume_gets_no_expert(chooser, study, factor, familiar, search):
+    nearest = expected_gate(study, STRIPES)[1].min()
+    made = chooser(limit=2 * nearest, familiar=factor * nearest)
+    chosen = made.choose(image(STRIPES), search=search)
+    assert chosen.facts["familiar"] is familiar
+    assert not chosen.abstained
+    assert (chosen.weights is not None) is familiar
+    assert (chosen.adaptation == "none") is not familiar
+    assert made.choose(image(1)).familiar  # it lies on a prototype
+
+
 def test_without_a_limit_it_says_that_it_never_abstains(chooser):
     made = chooser(limit=None)
     assert "never abstains" in made.notice
     chosen = made.choose(image(STRIPES))
     assert (chosen.abstained, chosen.facts["limit"]) == (False, None)
+    assert chosen.facts["familiar"] is None
+    assert chosen.weights is not None
 
 
 @pytest.mark.parametrize(("kept", "adaptation"), [(0.0, "test-time"), (1.0, "gate")])

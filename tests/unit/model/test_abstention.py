@@ -72,6 +72,16 @@ def test_the_limit_is_the_farthest_patient_and_a_margin():
     assert rule.abstains(math.nan)
 
 
+def test_nine_in_ten_patients_are_familiar():
+    distances = np.arange(11, dtype=float)  # of 0 to 10 nine tenths of the way are 9
+    rule = AbstentionLimit.of(distances[::-1])
+    assert rule.familiar == pytest.approx(9)
+    assert rule.knows(8.9)
+    assert not rule.knows(9.1)
+    assert not rule.knows(math.nan)
+    assert AbstentionLimit(limit=1.0, margin=0.1).knows(5.0)  # nothing is said of it
+
+
 @pytest.mark.parametrize(
     ("distances", "margin", "false"),
     [

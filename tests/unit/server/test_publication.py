@@ -258,6 +258,7 @@ def test_the_limit_is_the_farthest_nearest_neighbour_and_a_margin():
     limit = abstention_limit(line)
     assert limit is not None
     assert limit.limit == pytest.approx(1.1 * 1.0)
+    assert limit.familiar == pytest.approx(0.5 * 1.0)
     assert limit.margin == 0.1
     assert limit.false_rate is None
     assert abstention_limit(line[:1]) is None
