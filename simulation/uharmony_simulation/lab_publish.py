@@ -17,6 +17,7 @@ from uharmony_simulation.paired import CaseScore, Cost
 from uharmony_simulation.sites import attribution
 from uharmony_simulation.study_classes import LabelLoss
 from uharmony_simulation.study_plots import SiteMatrix
+from uharmony_simulation.study_recognition import Recognition, recognition, recognition_text
 from uharmony_simulation.study_regimes import local_of_regime
 from uharmony_simulation.study_report import write_study_report
 from uharmony_simulation.study_summary import Failure, markdown_tables, summary_json
@@ -56,7 +57,14 @@ def publish(lab: Lab, study: Study, simulation: Simulation, places: Places) -> N
         tables, title=lab.name, matrices=matrices, facts=facts, failures=failures
     )
     write_atomic(places.out / "summary.json", summary.encode(), mode=0o644)
-    write_atomic(places.out / "tables.md", markdown_tables(tables).encode(), mode=0o644)
+    text = markdown_tables(tables)
+    said = recognition_text([row for task, record in done if (row := _recognised(task, record))])
+    text += f"\n{said}" if said else ""
+    write_atomic(places.out / "tables.md", text.encode(), mode=0o644)
+
+
+def _recognised(task: Task, record: dict[str, Any]) -> Recognition | None:
+    return recognition(task.cell.place.title, task.arm.name, task.seed, record)
 
 
 def _scores(task: Task, record: dict[str, Any]) -> list[CaseScore]:
