@@ -173,6 +173,11 @@ def predict(
         contents = {_path(out, request, "seg.json"): json.dumps(facts, indent=1).encode()}
         if chosen.abstained:
             _say(_warning(request, chosen))
+        elif chosen.familiar is False:
+            _say(
+                f"note: {request.name}: like none of the known domains, so no expert serves it; a "
+                "few labelled cases of its scanner would help (--few-shot)"
+            )
         if chosen.abstained and strict:
             for ending in ("seg.nii.gz", "prob.nii.gz"):  # of an earlier call, with --force
                 _path(out, request, ending).unlink(missing_ok=True)

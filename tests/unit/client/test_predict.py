@@ -362,6 +362,23 @@ def test_without_a_publication_auto_says_that_residuals_are_zero(
     assert facts["adaptation"] == facts_of(tmp_path / "plain")["adaptation"] == "none"
 
 
+def test_an_unfamiliar_volume_is_served_without_experts_and_it_says_so(
+    published, command, write_nifti, tmp_path
+):
+    paths = [write_nifti(f"{name}.nii.gz", support.scan(k)) for name, k in (("a", 1), ("b", 3))]
+    model = published(limit=100.0, familiar=0.5)
+    code, _, err = command(model, *paths, "--domain", "auto", "--out", tmp_path / "auto")
+    assert code == 0
+    assert err.startswith("note: b: like none of the known domains")
+    assert err.count("\n") == 1
+    assert facts_of(tmp_path / "auto", "a")["adaptation"] == "gate"
+    facts = facts_of(tmp_path / "auto", "b")
+    assert (facts["familiar"], facts["adaptation"], facts["mixture"]) == (False, "none", None)
+    assert command(model, paths[1], "--out", tmp_path / "plain")[0] == 0
+    same = [(tmp_path / name / "b_seg.nii.gz").read_bytes() for name in ("auto", "plain")]
+    assert same[0] == same[1]
+
+
 def test_it_abstains_with_a_warning_and_still_segments(published, command, write_nifti, tmp_path):
     paths = [write_nifti(f"{name}.nii.gz", support.scan(k)) for name, k in (("a", 1), ("b", 3))]
     code, out, err = command(
