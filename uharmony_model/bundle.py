@@ -143,7 +143,8 @@ def load_bundle(folder: Path, site: str | None) -> Model:
     entry, plain = None, None
     if site is None:
         _require_no_site_needed(folder, study)
-        network = _shared_network(folder, study, shared)
+        network = shared_network(study, shared)
+        keep_line_apart(network, folder, study)
     else:
         if site not in known_sites(folder):
             raise ConfigError(
@@ -162,7 +163,9 @@ def load_bundle(folder: Path, site: str | None) -> Model:
         keep_line_apart(network, folder, made_by)
         if entry.undrawn:
             _require_known(entry.undrawn, study, path)
-            plain = None if entry.own is None else _shared_network(folder, study, shared).eval()
+        if entry.undrawn and entry.own is not None:
+            plain = shared_network(study, shared).eval()
+            keep_line_apart(plain, folder, study)
     return Model(
         network=network.eval(),
         study=study,
@@ -174,22 +177,23 @@ def load_bundle(folder: Path, site: str | None) -> Model:
     )
 
 
-def known_sites(folder: Path) -> tuple[str, ...]:
-    """The sites whose own parameters are in the folder, sorted."""
-    return tuple(sorted(path.stem for path in (folder / "sites").glob("*.json")))
+def shared_network(study: Study, shared: Mapping[str, Tensor]) -> SegmentationNetwork:
+    """The network of the shared tensors alone, with all residuals zero.
 
-
-def _shared_network(
-    folder: Path, study: Study, shared: Mapping[str, Tensor]
-) -> SegmentationNetwork:
-    """The network with all residuals zero."""
+    Raises:
+        PartitionError: the tensors are not those of the study's network.
+    """
     network = build_network(study, (_PLACEHOLDER,), seed=study.seed)
     partition = Partition.of(network, study.plan.local)
     # A fresh network's residuals are zero, and a pass without a domain does not use them.
     local = partition.split(network.state_dict())[1]
     network.load_state_dict(partition.merge(shared, local), strict=True)
-    keep_line_apart(network, folder, study)
     return network
+
+
+def known_sites(folder: Path) -> tuple[str, ...]:
+    """The sites whose own parameters are in the folder, sorted."""
+    return tuple(sorted(path.stem for path in (folder / "sites").glob("*.json")))
 
 
 def _require_known(undrawn: Sequence[str], study: Study, path: Path) -> None:

@@ -13,6 +13,8 @@ import torch
 from monai.inferers.utils import sliding_window_inference
 from torch import Tensor, nn
 
+from uharmony_model.undrawn import UndrawnFromShared
+
 WINDOWS_PER_PASS = 2
 
 MEMORY_MARGIN = 2.0
@@ -93,7 +95,8 @@ def fits_whole(
     An empty window of `patch` voxels goes through the network as one of this `domain`, and the
     bytes of every layer's output are counted. They grow with the voxels; see `MEMORY_MARGIN`.
     """
-    one = getattr(network, "own", network)  # of two passes one after the other, one counts
+    # Of two passes one after the other, one counts.
+    one = network.own if isinstance(network, UndrawnFromShared) else network
     bytes_per_voxel = _activation_bytes(one, channels, patch, domain) / math.prod(patch)
     return MEMORY_MARGIN * bytes_per_voxel * math.prod(whole) <= memory_gib * (1 << 30)
 

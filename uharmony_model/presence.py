@@ -20,7 +20,7 @@ or its residuals at the site have it, as each site trains its own with its own m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -50,6 +50,16 @@ def present_channels(task: Task, modalities: Sequence[str]) -> tuple[bool, ...]:
             f"study has {', '.join(task.intensity)}: a case needs at least one that is not missing"
         )
     return present
+
+
+def change_shown(image: Tensor, task: Task, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """A copy of the network's input with its images (B, C, D, H, W) changed, its masks as they are.
+
+    `change` works on the processor.
+    """
+    found, channels = image.clone(), task.channels
+    found[:, :channels] = change(image[:, :channels].cpu()).to(image.device)
+    return found
 
 
 def with_presence(image: Tensor, present: Tensor | Sequence[Sequence[bool]], task: Task) -> Tensor:

@@ -18,7 +18,18 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
+from uharmony_model.targets import Annotated, annotated_classes
 from uharmony_model.task import Task
+
+
+def undrawn_names(annotated: Annotated, task: Task) -> tuple[str, ...]:
+    """The classes that are not annotated, in the task's order.
+
+    Raises:
+        ConfigError: there is not one flag for each class.
+    """
+    drawn = set(annotated_classes(annotated, task))
+    return tuple(name for j, name in enumerate(task.class_names) if j not in drawn)
 
 
 def with_undrawn(

@@ -32,6 +32,7 @@ def unseen_view(
     """
     turned = image.detach().clone()
     if invert:
+        # That there are as many generators is checked below.
         for sample, generator in zip(turned, generators, strict=False):
             for channel in sample:
                 if generator.random() < INVERT_CHANCE:

@@ -54,7 +54,7 @@ from uharmony_model.networks import build_network
 from uharmony_model.publication import read_publication, write_publication
 from uharmony_model.segmentation_network import SegmentationNetwork
 from uharmony_model.study import Study
-from uharmony_model.undrawn import with_undrawn
+from uharmony_model.undrawn import undrawn_names, with_undrawn
 
 Say = Callable[[str], None]
 
@@ -181,9 +181,7 @@ class _Fit:
         self.network.to(device)
         self.entries = new_entries(old.study, new, (), (name,))
         self.grown = new.task != old.study.task
-        drawn = zip(new.task.class_names, annotated.tolist(), strict=True)
-        known = tuple(name for name, there in drawn if not there)
-        self.undrawn = known if new.plan.serves_unseen else ()
+        self.undrawn = undrawn_names(annotated, new.task) if new.plan.serves_unseen else ()
 
     def run(
         self,

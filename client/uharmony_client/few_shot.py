@@ -37,7 +37,7 @@ from uharmony_model.frozen import parse
 from uharmony_model.networks import build_network
 from uharmony_model.randomness import numpy_generator
 from uharmony_model.task import Task
-from uharmony_model.undrawn import with_undrawn
+from uharmony_model.undrawn import undrawn_names, with_undrawn
 
 STEPS = 200
 LEAST_CASES = 2
@@ -173,8 +173,7 @@ def _fitted(
         on_step=on_step,
     )
     candidates["fitted"] = _own(partition, network.state_dict())
-    drawn = zip(study.task.class_names, annotated.tolist(), strict=True)
-    undrawn = tuple(name for name, known in drawn if not known)
+    undrawn = undrawn_names(annotated, study.task)
     served = with_undrawn(network, undrawn, study.task)
     dice: dict[Kept, float | None] = {}
     for kind, local in candidates.items() if held_out else ():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from uharmony_model.losses import segmentation_loss
 from uharmony_model.patches import Batch, StoredVolume, draw_batch
+from uharmony_model.presence import change_shown
 from uharmony_model.randomness import numpy_generator
 from uharmony_model.study import Study
 from uharmony_model.unseen_view import unseen_view
@@ -106,15 +107,14 @@ class Supervised:
 
     def _as_unseen(self, image: Tensor, round_: int, step: int) -> Tensor:
         """What a step without residuals sees; masks of presence stay."""
-        view, channels = self.study.harmonization.unseen_view, self.study.task.channels
+        view = self.study.harmonization.unseen_view
         if view == "plain":
             return image
         where = (self.study.seed, self.data.site, round_, step, "unseen-view")
         draws = [numpy_generator(*where, sample) for sample in range(len(image))]
-        found = image.clone()
-        shown = unseen_view(image[:, :channels].cpu(), draws, invert=view == "inverted")
-        found[:, :channels] = shown.to(image.device)
-        return found
+        return change_shown(
+            image, self.study.task, lambda x: unseen_view(x, draws, invert=view == "inverted")
+        )
 
     def moved(self, network: nn.Module, round_: int, step: int) -> None:
         """Nothing else moves."""

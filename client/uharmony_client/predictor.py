@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from uharmony_client.site import Site
-from uharmony_model.exchange.partition import Partition
-from uharmony_model.networks import training_network
-from uharmony_model.undrawn import with_undrawn
+from uharmony_model.bundle import shared_network
+from uharmony_model.networks import without_style
+from uharmony_model.undrawn import undrawn_names, with_undrawn
 
 
 def undrawn_classes(site: Site, own: Mapping[str, Tensor]) -> tuple[str, ...]:
@@ -19,10 +19,9 @@ def undrawn_classes(site: Site, own: Mapping[str, Tensor]) -> tuple[str, ...]:
     them (a norm's counter has not), or where what is shared makes no model.
     """
     study = site.study
-    if not site.study.plan.serves_unseen or not any(t.is_floating_point() for t in own.values()):
+    if not study.plan.serves_unseen or not any(t.is_floating_point() for t in own.values()):
         return ()
-    drawn = zip(study.task.class_names, site.annotated.tolist(), strict=True)
-    return tuple(name for name, known in drawn if not known)
+    return undrawn_names(site.annotated, study.task)
 
 
 def predictor(
@@ -36,12 +35,7 @@ def predictor(
     `shared` are the federation's weights by name, where `own` is a whole model that has others.
     Else the network without its residuals is the shared model.
     """
-    undrawn = undrawn_classes(site, own)
-    study = site.study
-    if not undrawn or shared is None:
-        return with_undrawn(network, undrawn, study.task)
-    plain = training_network(study, site.domains, seed=study.seed)
-    partition = Partition.of(plain, study.plan.local)
-    # A fresh network's residuals are zero.
-    plain.load_state_dict(partition.merge(shared, partition.split(plain.state_dict())[1]))
-    return with_undrawn(network, undrawn, study.task, plain.to(site.device))
+    undrawn, study, plain = undrawn_classes(site, own), site.study, None
+    if undrawn and shared is not None:
+        plain = shared_network(study, without_style(shared)).to(site.device)
+    return with_undrawn(network, undrawn, study.task, plain)

@@ -19,6 +19,7 @@ from uharmony_client.personal import by_name, from_names
 from uharmony_model.errors import PartitionError, StoreError, TrainingError
 from uharmony_model.losses import segmentation_loss
 from uharmony_model.patches import draw_batch
+from uharmony_model.presence import change_shown
 from uharmony_model.randomness import numpy_generator
 from uharmony_model.study import Study
 from uharmony_model.unlabelled.amplitude import low_amplitude, mix_amplitude, mixing_ratio
@@ -111,11 +112,8 @@ class SemiSupervised:
 
     def strong(self, image: Tensor, round_: int, step: int) -> Tensor:
         """The strong view of the same patches; masks of presence stay."""
-        found = image.clone()
-        channels = self.study.task.channels
         draws = [self.draws(round_, step, f"strong-{sample}") for sample in range(len(image))]
-        found[:, :channels] = strong_change(image[:, :channels].cpu(), draws).to(image.device)
-        return found
+        return change_shown(image, self.study.task, lambda x: strong_change(x, draws))
 
     def in_style(
         self, image: Tensor, style: Tensor, round_: int, step: int, *, floor: float

@@ -14,20 +14,19 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from tests.support import few_patients, wire
+from tests.support.bench import bench_of
 from tests.support.few_patients import write_cases
 from uharmony_client.ledger import Ledger
 from uharmony_client.ledger_check import show
 from uharmony_client.outgoing import Outgoing
 from uharmony_client.policy import Policy
 from uharmony_client.site import Site
-from uharmony_client.site_round import Bench
 from uharmony_client.statistics import given_of, statistics_answer, without_own
-from uharmony_client.workbench import Workbench
 from uharmony_model.alignment.style_autoencoder import AutoencoderSettings, build_autoencoder
 from uharmony_model.alignment.style_codes import StyleCodes
 from uharmony_model.errors import ExchangeError
 from uharmony_model.exchange.instruction import Instruction
-from uharmony_model.exchange.payload import Kind, decode, digest, encode
+from uharmony_model.exchange.payload import Kind, decode, encode
 from uharmony_model.exchange.schema import unflatten
 from uharmony_model.exchange.statistics import Combined, StatisticsForm, encode_combined
 from uharmony_model.initial import initial_weights
@@ -58,12 +57,10 @@ def open_site(data, store, policy=OPEN, study=None, **options) -> Site:
 
 
 def ask(site: Site, *what, round_=2, ledger=None, weights=None):
-    network, partition = Workbench().network(site.study, site.domains, torch.device("cpu"))
-    weights = initial_weights(site.study)[1] if weights is None else weights
-    bench, form = Bench(network, partition, weights, digest(weights)), StatisticsForm.of(site.study)
+    bench, form = bench_of(site, weights), StatisticsForm.of(site.study)
     # What training left in the network is not what codes are made with.
     with torch.no_grad():
-        for parameter in autoencoder_of(network).parameters():
+        for parameter in autoencoder_of(bench.network).parameters():
             parameter.fill_(float("nan"))
     order = Instruction(
         action="train",

@@ -8,16 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.support.bench import bench_of
 from tests.support.tiny import tiny_study, write_folder
 from uharmony_client.predictor import predictor, undrawn_classes
 from uharmony_client.site import Site
 from uharmony_client.site_config import SiteConfig
 from uharmony_client.site_models import keep_federated_model, keep_personal_model, site_entry
 from uharmony_client.site_round import Bench, finale_metrics, measure, round_update
-from uharmony_client.workbench import Workbench, carried_after
+from uharmony_client.workbench import carried_after
 from uharmony_model.bundle import load_bundle
-from uharmony_model.exchange.payload import digest
-from uharmony_model.initial import initial_weights
 
 EVERY = ("blob", "halo")
 X = torch.randn(1, 1, 8, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -52,9 +51,7 @@ def after_a_round(data: Path, tmp_path: Path):
             name="alpha", cases=data, store=tmp_path / f"{method}-store", annotated=annotated
         )
         site = Site.open(config, study)
-        _, weights = initial_weights(study)
-        network, partition = Workbench().network(study, site.domains, site.device)
-        bench = Bench(network, partition, weights, digest(weights))
+        bench = bench_of(site)
         round_update(site, bench, 1)
         return site, bench
 

@@ -13,6 +13,7 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from tests.support import wire
+from tests.support.bench import bench_of
 from tests.support.tiny import tiny_study, write_folder
 from uharmony_client import publish as module
 from uharmony_client.ledger import Ledger
@@ -25,13 +26,13 @@ from uharmony_client.releases import Releases
 from uharmony_client.site import Site
 from uharmony_client.site_config import SiteConfig
 from uharmony_client.site_round import Bench, round_update
-from uharmony_client.workbench import Workbench, carried_after
+from uharmony_client.workbench import carried_after
 from uharmony_model.errors import ExchangeError, StoreError
 from uharmony_model.exchange.payload import Kind, decode, digest, encode, open_payload
 from uharmony_model.exchange.published import PublicationForm, Reason
 from uharmony_model.exchange.schema import Schema, unflatten
 from uharmony_model.exchange_settings import Publication
-from uharmony_model.initial import initial_local, initial_weights
+from uharmony_model.initial import initial_local
 from uharmony_model.prototypes import noise_deviation, release_prototype
 from uharmony_model.study import Study
 
@@ -243,9 +244,7 @@ def opened(tmp_path_factory) -> tuple[Site, Bench]:
         writer.writerows(rows)
     config = SiteConfig(name="north", cases=folder, store=root / "store", policy=BOTH)
     site = Site.open(config, study_of())
-    _, weights = initial_weights(site.study)
-    network, partition = Workbench().network(site.study, site.domains, site.device)
-    bench = Bench(network, partition, weights, digest(weights))
+    bench = bench_of(site)
     round_update(site, bench, 1)
     return site, bench
 

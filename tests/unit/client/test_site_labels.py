@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support.bench import bench_of
 from tests.support.nifti_files import nifti_bytes
 from tests.unit.client.check_site import SHAPE, write_site
 from uharmony_client import finale
@@ -22,13 +23,9 @@ from uharmony_client.personal import UNLABELLED
 from uharmony_client.site import Site
 from uharmony_client.site_config import Labels, SiteConfig
 from uharmony_client.site_models import site_entry
-from uharmony_client.site_round import Bench, round_update
+from uharmony_client.site_round import round_update
 from uharmony_client.workbench import carried_after
 from uharmony_model.errors import DataError
-from uharmony_model.exchange.partition import Partition
-from uharmony_model.exchange.payload import digest
-from uharmony_model.initial import initial_weights
-from uharmony_model.networks import build_network
 from uharmony_model.patches import draw_batch
 from uharmony_model.schedule import finale_round
 from uharmony_model.study import Study
@@ -243,13 +240,6 @@ def test_a_table_without_any_label_is_an_unlabelled_site_under_a_rule(opened):
 
 
 # --- what is kept --------------------------------------------------------------------------------
-
-
-def bench_of(site: Site) -> Bench:
-    network = build_network(site.study, site.domains, seed=0)
-    partition = Partition.of(network, site.study.plan.local)
-    _, weights = initial_weights(site.study)
-    return Bench(network, partition, weights, digest(weights))
 
 
 @pytest.mark.parametrize("method", ["fedavg", "uharmony"])

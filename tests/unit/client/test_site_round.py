@@ -8,14 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support.bench import bench_of
 from tests.support.tiny import tiny_study, write_folder
 from uharmony_client.local_store import RoundKey
 from uharmony_client.site import Site
 from uharmony_client.site_config import SiteConfig
 from uharmony_client.site_round import Bench, finale_metrics, round_update
-from uharmony_client.workbench import Workbench, carried_after
-from uharmony_model.exchange.payload import digest
-from uharmony_model.initial import initial_weights
+from uharmony_client.workbench import carried_after
 
 STEPS = 2
 
@@ -45,9 +44,7 @@ def opened(data: Path, tmp_path: Path) -> Callable[[str], tuple[Site, Bench]]:
             finale={"steps": STEPS, "candidates": ["whole"]},
         )
         site = Site.open(SiteConfig(name="alpha", cases=data, store=tmp_path / "store"), study)
-        _, weights = initial_weights(study)
-        network, partition = Workbench().network(study, site.domains, site.device)
-        bench = Bench(network, partition, weights, digest(weights))
+        bench = bench_of(site)
         round_update(site, bench, 1)
         return site, bench
 

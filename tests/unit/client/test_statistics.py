@@ -13,6 +13,7 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from tests.support import few_patients, wire
+from tests.support.bench import bench_of
 from tests.support.few_patients import SIZE, study_of, write_cases
 from tests.support.tiny import tiny_study
 from uharmony_client import statistics as module
@@ -23,9 +24,7 @@ from uharmony_client.outgoing import Outgoing
 from uharmony_client.policy import Policy, least_patients, statistics_view
 from uharmony_client.releases import Releases
 from uharmony_client.site import Site
-from uharmony_client.site_round import Bench
 from uharmony_client.statistics import Answer, given_of, statistics_answer
-from uharmony_client.workbench import Workbench
 from uharmony_model.alignment.prototype_gap import Prototypes
 from uharmony_model.errors import ExchangeError, PayloadError, StoreError
 from uharmony_model.exchange.instruction import Instruction
@@ -48,12 +47,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def open_site(data, store, policy=BOTH, study=None, **options) -> Site:
     return few_patients.open_site(data, store, policy, study or study_of(), **options)
-
-
-def bench_of(site: Site) -> Bench:
-    network, partition = Workbench().network(site.study, site.domains, torch.device("cpu"))
-    weights = initial_weights(site.study)[1]
-    return Bench(network, partition, weights, digest(weights))
 
 
 def ask(site: Site, *what, round_=1, ledger=None) -> tuple[Answer, StatisticsForm]:
