@@ -31,7 +31,8 @@ def measure_swaps(
     """Test Dice by (model's site, data's site), and a row for each case, part and site.
 
     `shared` are the weights after the last round, `round_`. Sites with several domains have
-    neither, and nor has a method that keeps everything at the sites.
+    neither, and nor has a method that keeps everything at the sites. A neighbour's whole model
+    says the classes that the neighbour draws; with one part of it the site still says its own.
     """
     if any(len(site.domains) != 1 for site in opened) or study.plan.local == EVERYTHING:
         return {}, []
@@ -56,7 +57,7 @@ def measure_swaps(
             keys = {k for k, p in partition.parts.items() if p is part}
             mixed = {k: foreign[k] if k.partition("@")[0] in keys else v for k, v in own.items()}
             network.load_state_dict(model_state(network, partition, shared, mixed))
-            swapped = _dice(predictor(neighbour, network, foreign, shared), site)
+            swapped = _dice(predictor(site, network, mixed, shared), site)
             swaps += _pairs(site, part.value, measured[site.name], swapped)
     return matrix, swaps
 
