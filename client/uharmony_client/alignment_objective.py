@@ -75,9 +75,9 @@ class Alignment(SemiSupervised):
         return 1.0 if self._learns_styles(self._round) else super().share
 
     @property
-    def growth(self) -> float:
-        """As ever; all of it while styles are learned."""
-        return 1.0 if self._learns_styles(self._round) else super().growth
+    def growth(self) -> float | None:
+        """As ever; while styles are learned all sites count in full."""
+        return None if self._learns_styles(self._round) else super().growth
 
     def labelled_loss(self, network: nn.Module, round_: int, step: int, *, drop: bool) -> Tensor:
         """L_seg on source patches and on the same in a target's style."""

@@ -45,7 +45,7 @@ class RoundResult:
     local: dict[str, Tensor]
     loss: float
     share: float = 1.0
-    growth: float = 1.0
+    growth: float | None = None
 
 
 def train_round(

@@ -72,14 +72,17 @@ class Objective(Protocol):
         """How much of what it saw taught it something, in [0, 1]: part of the update's weight."""
 
     @property
-    def growth(self) -> float:
-        """How far what cases without labels teach may weigh by now, in [0, 1]; a public number."""
+    def growth(self) -> float | None:
+        """How far what cases without labels teach may weigh by now, in [0, 1]; a public number.
+
+        None where the update counts in full: labels taught.
+        """
 
 
 class Supervised:
     """Labelled patches and the segmentation loss over the classes that the site annotates."""
 
-    share = growth = 1.0
+    share, growth = 1.0, None
 
     def __init__(self, data: LocalData, study: Study) -> None:
         self.data, self.study = data, study

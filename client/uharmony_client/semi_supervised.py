@@ -65,10 +65,10 @@ class SemiSupervised:
         return float(np.mean(self._shares))
 
     @property
-    def growth(self) -> float:
+    def growth(self) -> float | None:
         """lambda(t/T) at the end of the round, where there are no labels."""
         if self.data.volumes:
-            return 1.0
+            return None
         return ramp_up(self.progress(self._round, self.study.training.local_steps))
 
     def loss(self, network: nn.Module, round_: int, step: int, *, drop: bool) -> Tensor:

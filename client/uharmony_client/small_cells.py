@@ -38,19 +38,22 @@ def update_values(
     policy: Policy,
     *,
     share: float = 1.0,
-    growth: float = 1.0,
+    growth: float | None = None,
 ) -> dict[str, Value]:
     """The named values of an update made on `cases` training cases.
 
     The weight is the number where the study weighs by cases and the number may leave, else
     `equal`. The loss is a mean over steps on these cases, so the same threshold holds for it.
-    `share`, in hundredths, times `growth` is a factor of the weight and leaves as `taught` where it
-    is not 1. `growth` follows from the round alone; over fewer cases than the threshold the share
-    counts as 1, or as 0 where nothing was trained.
+    `share`, in hundredths, times `growth` is a factor of the weight and leaves as `taught`; without
+    a `growth` labels taught, and it leaves only where it is not 1. `growth` follows from the round
+    alone; over fewer cases than the threshold the share counts as 1, or as 0 where nothing was
+    trained.
     """
     enough = cases >= policy.min_cases
-    told = growth * (max(round(share, 2), 0.01 * (share > 0)) if enough else float(share > 0))
-    factor: dict[str, Value] = {} if told == 1 else {TAUGHT: told}
+    told = max(round(share, 2), 0.01 * (share > 0)) if enough else float(share > 0)
+    factor: dict[str, Value] = {}
+    if growth is not None or told != 1:
+        factor = {TAUGHT: told if growth is None else growth * told}
     return factor | {
         CASES: cases if enough and CASES in study.asks else EQUAL,
         LOSS: loss if enough else None,

@@ -110,7 +110,8 @@ class Admitted:
     """An update that counts: its delta `(n,)`, read-only, and the weight it asks for.
 
     `cases` is None where the site does not tell it. `started_from` is the round whose outcome the
-    site's own parameters come from, 0 for none. `taught` is a factor of the weight, in [0, 1].
+    site's own parameters come from, 0 for none. `taught` is a factor of the weight, in [0, 1]; a
+    site with labels (`labelled`) sends none.
     """
 
     site: str
@@ -120,6 +121,7 @@ class Admitted:
     bytes: int
     started_from: int = 0
     taught: float = 1.0
+    labelled: bool = True
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,16 @@ def admit(buffer: object, expected: Expected) -> Admitted | Refusal:
             f"norm {norm:.4g} exceeds {expected.norm_limit:.4g}, set by the rounds before",
         )
     told = cases if type(cases) is int else None
-    return Admitted(expected.site, told, flat, norm, _size(buffer), started, float(taught))
+    return Admitted(
+        expected.site,
+        told,
+        flat,
+        norm,
+        _size(buffer),
+        started,
+        taught=float(taught),
+        labelled=TAUGHT not in manifest.values,
+    )
 
 
 def admit_metrics(buffer: object, expected: Expected) -> AdmittedMetrics | Refusal:

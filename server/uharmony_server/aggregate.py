@@ -53,6 +53,20 @@ class WeightedSum:
                     block.add_(piece, alpha=weight)
         self._weights.extend(weights)
 
+    @property
+    def total(self) -> float:
+        """The sum of the weights."""
+        return math.fsum(self._weights)
+
+    def join(self, other: WeightedSum, factor: float) -> None:
+        """Add another sum, its weights times `factor`; it must not be used any more.
+
+        Raises:
+            ExchangeError: it is of another length, or the factor is negative or not finite.
+        """
+        self.add([other._sum], [factor])
+        self._weights[-1:] = [factor * weight for weight in other._weights]
+
     def apply(self, base: Tensor) -> Tensor:
         """The new global weights `(n,)`, in the memory of the sum, which is used up by this.
 
@@ -60,7 +74,7 @@ class WeightedSum:
             QuorumError: nothing was added, or only with weight 0.
             ExchangeError: `base` is not of this length.
         """
-        total = math.fsum(self._weights)
+        total = self.total
         if total <= 0:
             raise QuorumError("no update with a weight above 0; there is nothing to aggregate")
         self._check(base)

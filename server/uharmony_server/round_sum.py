@@ -20,8 +20,16 @@ GROUP = 2  # admitted updates that are held at once; the sum does not depend on 
 class RoundSum:
     """`base + sum_k w_k delta_k / sum_k w_k` over the updates that are taken, in their order.
 
-    `by_cases` says whether `w_k` is the number of cases, or 1; either is times what a site's cases
-    taught it. `norms` are those of the updates by site, `lengths` those of the ones with a weight;
+    With `n_k` the number of cases, or 1 (`by_cases`), and sums over sites with labels (L) and
+    without (U):
+
+        w_k = n_k                                          with labels
+        w_k = n_k taught_k min(1, sum_L n / sum_U n)       without; alone in a round, n_k taught_k
+
+    so that those without never outweigh those with, however many they are: in one place a step has
+    one loss of each kind, L_sup + lambda L_u. Ours.
+
+    `norms` are those of the updates by site, `lengths` those of the ones with a weight;
     `cases` are their numbers, `bytes` is what they weighed on the wire; `started_from` are the
     (round, site) pairs of the outcomes they were trained from; `unsaid` are the sites that hide
     their number of cases without having said so.
@@ -35,7 +43,9 @@ class RoundSum:
         self.started_from: set[tuple[int, str]] = set()
         self.unsaid: set[str] = set()
         self._need, self._round, self._by_cases = study.federation, round_, by_cases
-        self._sum = WeightedSum(numel)
+        self._numel = numel
+        self._sums: dict[bool, WeightedSum] = {}  # by whether there are labels
+        self._counts = {True: 0, False: 0}
         self._group: list[Admitted] = []
 
     def take(self, site: str, update: Admitted) -> Refusal | None:
@@ -85,12 +95,21 @@ class RoundSum:
         """
         if self._group:
             self._add()
-        return self._sum.apply(base)
+        labelled, others = (self._sums.pop(kind, None) for kind in (True, False))
+        if labelled is None or not labelled.total:
+            return (others or WeightedSum(self._numel)).apply(base)
+        if others is not None and others.total:
+            labelled.join(others, min(1.0, self._counts[True] / self._counts[False]))
+        return labelled.apply(base)
 
     def _add(self) -> None:
-        weights = [
-            update.taught * (update.cases if self._by_cases and update.cases is not None else 1)
-            for update in self._group
-        ]
-        self._sum.add([update.flat for update in self._group], weights)
+        for kind in (True, False):
+            updates = [update for update in self._group if update.labelled is kind]
+            if not updates:
+                continue
+            cases = [u.cases if self._by_cases and u.cases is not None else 1 for u in updates]
+            weights = [u.taught * n for u, n in zip(updates, cases, strict=True)]
+            total = self._sums.setdefault(kind, WeightedSum(self._numel))
+            total.add([update.flat for update in updates], weights)
+            self._counts[kind] += sum(cases)
         self._group.clear()

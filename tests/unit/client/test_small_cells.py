@@ -152,6 +152,12 @@ def test_the_share_that_taught_is_told_over_enough_cases_alone(share, told):
     assert few.get("taught") == (0.0 if share == 0 else None)
 
 
+def test_a_site_that_no_label_taught_says_so_even_when_it_counts_in_full():
+    study = tiny_study(method="ust-run-fed")
+    assert update_values(11, 0.5, study, Policy(), growth=1.0)["taught"] == 1.0
+    assert "taught" not in update_values(11, 0.5, study, Policy())
+
+
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.374, 1.0])
 @pytest.mark.parametrize("growth", [0.0067, 0.5])
 def test_what_a_site_may_weigh_by_now_reaches_small_sites_too(share, growth):

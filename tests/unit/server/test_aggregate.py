@@ -98,3 +98,21 @@ def test_many_blocks_and_a_remainder_on_any_number_of_threads():
     finally:
         torch.set_num_threads(before)
     torch.testing.assert_close(two, one, rtol=1e-6, atol=1e-6)
+
+
+def test_a_joined_sum_counts_with_a_factor():
+    one, two = WeightedSum(3), WeightedSum(3)
+    one.add([ONE], [2])
+    two.add([TWO, ONE], [3, 1])
+    one.join(two, 0.5)
+    assert one.total == 2 + 0.5 * 4
+    expected = (2 * ONE + 0.5 * (3 * TWO + ONE)) / 4
+    assert torch.allclose(one.apply(BASE), BASE + expected)
+
+
+@pytest.mark.parametrize("factor", [-1.0, float("nan"), float("inf")])
+def test_a_sum_is_not_joined_with_a_factor_that_is_none(factor):
+    one, two = WeightedSum(3), WeightedSum(3)
+    two.add([TWO], [1])
+    with pytest.raises(ExchangeError, match="weight is"):
+        one.join(two, factor)

@@ -8,6 +8,7 @@ import torch
 from tests.support.fake_sites import BASE, study_of
 from uharmony_model.errors import QuorumError
 from uharmony_server.admission import Admitted, Refusal, RefusalReason
+from uharmony_server.aggregate import WeightedSum
 from uharmony_server.round_sum import RoundSum
 
 CASES = {"a": 1, "b": 5, "c": 2}  # one more than is held at once
@@ -81,3 +82,45 @@ def test_nothing_is_no_quorum():
     total = RoundSum(study_of(), 1, 5, by_cases=True)
     with pytest.raises(QuorumError, match="no answers"):
         total.require_quorum(())
+
+
+# Sites, their cases, and what taught them: None where labels did.
+KINDS: dict[str, tuple[dict[str, int], dict[str, float | None]]] = {
+    "fewer cases without labels": ({"a": 6, "b": 2}, {"a": None, "b": 0.5}),
+    "more without": ({"a": 2, "b": 5, "c": 3}, {"a": None, "b": 0.5, "c": 1.0}),
+    "two with": ({"a": 2, "b": 9, "c": 3}, {"a": None, "b": 0.25, "c": None}),
+    "nobody with": ({"a": 2, "b": 5}, {"a": 0.5, "b": 0.25}),
+    "nothing taught those without": ({"a": 2, "b": 5}, {"a": None, "b": 0.0}),
+}
+
+
+@pytest.mark.parametrize("by_cases", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_sites_without_labels_weigh_together_no_more_than_those_with(kind, by_cases):
+    cases, taught = KINDS[kind]
+    total = RoundSum(study_of(), 2, 5, by_cases=by_cases)
+    for site in cases:
+        share = taught[site]
+        said = {"labelled": share is None, "taught": 1.0 if share is None else share}
+        total.take(site, update(site, cases=cases[site], **said))
+    weighed = {site: (n if by_cases else 1) for site, n in cases.items()}
+    labelled = sum(n for site, n in weighed.items() if taught[site] is None)
+    others = sum(n for site, n in weighed.items() if taught[site] is not None)
+    at_most = min(1.0, labelled / others) if labelled else 1.0
+    factors = {site: 1.0 if share is None else share * at_most for site, share in taught.items()}
+    weights = {site: n * factors[site] for site, n in weighed.items()}
+    if labelled:
+        without = sum(w for site, w in weights.items() if taught[site] is not None)
+        assert without <= labelled
+    mean = sum(w * DELTAS[site].double() for site, w in weights.items()) / sum(weights.values())
+    assert torch.allclose(total.apply(BASE).double(), BASE.double() + mean, atol=1e-6)
+
+
+def test_with_labels_alone_the_bits_are_those_of_one_sum():
+    total = RoundSum(study_of(), 2, 5, by_cases=True)
+    for site in ("a", "c"):
+        total.take(site, update(site))
+    total.take("b", update("b", labelled=False, taught=0.0))
+    expected = WeightedSum(5)
+    expected.add([DELTAS["a"], DELTAS["c"]], [CASES["a"], CASES["c"]])
+    assert torch.equal(total.apply(BASE), expected.apply(BASE))
