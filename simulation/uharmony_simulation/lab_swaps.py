@@ -37,6 +37,8 @@ def measure_swaps(
     if any(len(site.domains) != 1 for site in opened) or study.plan.local == EVERYTHING:
         return {}, []
     carried = {site.name: carried_after(site, round_) for site in opened}
+    # Without its residuals such a network is the shared one: no second one is needed.
+    plain = None if study.keeps_residuals else shared
     matrix: dict[str, dict[str, float | None]] = {site.name: {} for site in opened}
     swaps: list[dict[str, Any]] = []
     for index, site in enumerate(opened):
@@ -47,7 +49,7 @@ def measure_swaps(
         for other in opened:
             foreign = _renamed(carried[other.name], other, site)
             network.load_state_dict(model_state(network, partition, shared, foreign))
-            measured[other.name] = _dice(predictor(other, network, foreign, shared), site)
+            measured[other.name] = _dice(predictor(other, network, foreign, plain), site)
             matrix[other.name][site.name] = _mean(measured[other.name])
         neighbour = opened[(index + 1) % len(opened)]
         if partition.local_keys:
@@ -57,7 +59,7 @@ def measure_swaps(
             keys = {k for k, p in partition.parts.items() if p is part}
             mixed = {k: foreign[k] if k.partition("@")[0] in keys else v for k, v in own.items()}
             network.load_state_dict(model_state(network, partition, shared, mixed))
-            swapped = _dice(predictor(site, network, mixed, shared), site)
+            swapped = _dice(predictor(site, network, mixed, plain), site)
             swaps += _pairs(site, part.value, measured[site.name], swapped)
     return matrix, swaps
 
