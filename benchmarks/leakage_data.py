@@ -19,7 +19,7 @@ from uharmony_client.readers import read_cases
 from uharmony_client.site_config import SiteConfig
 from uharmony_client.statistics import STYLE_PATCHES
 from uharmony_client.volume_store import VolumeStore
-from uharmony_model.alignment.prototype_gap import Prototypes, PrototypeSum, class_members
+from uharmony_model.alignment.class_prototypes import Prototypes, PrototypeSum, class_members
 from uharmony_model.errors import DataError
 from uharmony_model.exchange.statistics import PROTOTYPE_PATCHES
 from uharmony_model.features import deepest_features

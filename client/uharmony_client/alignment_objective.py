@@ -4,7 +4,8 @@
     f', f  features of x' and of an unlabelled patch x_t, at the deepest level
     mu_c, var_c   of f' over the voxels of class c
     g      gap of f to the prototypes under p_t;  M = g / its 95 % quantile, at most 1 (local)
-    L      = (L_seg(x) + L_seg(x')) / 2 + weight * ramp * mean((1 + M) g) over confident places
+    m_c    mean of f weighted by (1 + M) p_t,c over confident places
+    L      = (L_seg(x) + L_seg(x')) / 2 + weight * ramp * mean_c mean_ch (m_c - mu_c)^2 / var_c
 
 `unlabelled.style: codes` makes x' by a style autoencoder (`code_styles`), `unlabelled.align` puts a
 discriminator (`adversary`) in the place of g, or nothing.
@@ -27,13 +28,9 @@ from uharmony_client.code_styles import CodeStyles
 from uharmony_client.objective import Carried, LocalData
 from uharmony_client.optimizer import PREFIX
 from uharmony_client.semi_supervised import SemiSupervised
+from uharmony_model.alignment.class_prototypes import Prototypes, PrototypeSum, class_members
 from uharmony_model.alignment.feature_mask import mask_ramp
-from uharmony_model.alignment.prototype_gap import (
-    Prototypes,
-    PrototypeSum,
-    alignment_loss,
-    class_members,
-)
+from uharmony_model.alignment.prototype_gap import alignment_loss
 from uharmony_model.alignment.style_codes import StyleCodes
 from uharmony_model.features import deepest_features
 from uharmony_model.study import Study

@@ -16,7 +16,7 @@ from uharmony_client.semi_supervised import (
     SemiSupervised,
 )
 from uharmony_client.ust_run import UstRun
-from uharmony_model.alignment.prototype_gap import Prototypes
+from uharmony_model.alignment.class_prototypes import Prototypes
 from uharmony_model.alignment.style_codes import StyleCodes
 from uharmony_model.study import Study
 from uharmony_model.unlabelled_settings import Rule

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from uharmony_client.ledger import Ledger, tensor_facts
 from uharmony_client.policy import KEPT, Policy, allowed_values
-from uharmony_model.alignment.prototype_gap import check_prototypes
+from uharmony_model.alignment.class_prototypes import check_prototypes
 from uharmony_model.alignment.style_codes import CENTROIDS, check_codes
 from uharmony_model.errors import ExchangeError
 from uharmony_model.exchange.payload import (

@@ -35,7 +35,7 @@ from uharmony_client.releases import Releases
 from uharmony_client.site import Site
 from uharmony_client.site_round import Bench
 from uharmony_client.workbench import carried_after
-from uharmony_model.alignment.prototype_gap import PrototypeSum, class_members
+from uharmony_model.alignment.class_prototypes import PrototypeSum, class_members
 from uharmony_model.errors import ExchangeError, StoreError, UHarmonyError
 from uharmony_model.exchange.instruction import Instruction
 from uharmony_model.exchange.payload import Kind, decode, encode

@@ -24,8 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from uharmony_model.alignment.class_prototypes import COUNT, MEAN, VARIANCE, Prototypes, merged
 from uharmony_model.alignment.code_style import codes_around
-from uharmony_model.alignment.prototype_gap import COUNT, MEAN, VARIANCE, Prototypes, merged
 from uharmony_model.alignment.style_codes import CENTROIDS, SPREAD, StyleCodes
 from uharmony_model.errors import ExchangeError, PayloadError, StoreError
 from uharmony_model.exchange.canonical import Digest

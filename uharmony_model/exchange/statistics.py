@@ -24,11 +24,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor, nn
 
-from uharmony_model.alignment.prototype_gap import (
-    Prototypes,
-    check_prototypes,
-    prototype_schema,
-)
+from uharmony_model.alignment.class_prototypes import Prototypes, check_prototypes, prototype_schema
 from uharmony_model.alignment.style_codes import (
     CENTROIDS,
     SPREAD,

@@ -9,19 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from uharmony_model.alignment.prototype_gap import (
-    EPS,
+from uharmony_model.alignment.class_prototypes import (
     MAX_VALUE,
     Prototypes,
     PrototypeSum,
-    alignment_loss,
     check_prototypes,
     class_members,
-    gap,
-    gap_mask,
     merged,
     prototype_schema,
 )
+from uharmony_model.alignment.prototype_gap import EPS, SEEN, alignment_loss, gap, gap_mask
 from uharmony_model.errors import ExchangeError, TrainingError
 from uharmony_model.exchange.schema import flatten, unflatten
 from uharmony_model.prototypes import MIN_PATIENTS
@@ -256,22 +253,60 @@ def test_the_mask_is_one_from_the_quantile_on():
     assert torch.equal(gap_mask(lone), (lone > 0).float())
 
 
-def test_the_loss_is_over_confident_places_only():
+def masked_means(features, probabilities, prototypes, certain, strength):
+    """The loss by its formula in float64, its mask a constant."""
+    g = gap(features.detach(), probabilities, prototypes).double()
+    mask = 1 + strength * (g / np.quantile(g.numpy(), 0.95)).clamp(max=1)
+    terms = []
+    for j in range(CLASSES):
+        w = (mask * probabilities[:, j : j + 1].double())[certain]  # place after place
+        f = torch.stack([features[:, c : c + 1].double()[certain] for c in range(CHANNELS)])
+        mean, variance = prototypes.mean[j].double(), prototypes.variance[j].double()
+        terms.append((((f * w).sum(1) / w.sum() - mean) ** 2 / (variance + EPS)).mean())
+    return torch.stack(terms).mean()
+
+
+def test_the_loss_is_of_masked_means_over_confident_places():
     features, probabilities, prototypes = some(requires_grad=True)
     certain = probabilities.amax(1, keepdim=True) > 0.6
     assert 0 < certain.sum() < certain.numel()
-    g = gap(features.detach(), probabilities, prototypes).double().numpy()
-    weight = 1 + 0.5 * np.minimum(g / np.quantile(g, 0.95), 1)
+    assert bool(((probabilities * certain).sum((0, 2, 3, 4)) >= SEEN).all())
     loss = alignment_loss(features, probabilities, prototypes, certain, strength=0.5)
-    assert loss.item() == pytest.approx((weight * g)[certain.numpy()].mean(), rel=1e-5)
+    expected = masked_means(features, probabilities, prototypes, certain, 0.5)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     (gradient,) = torch.autograd.grad(loss, features)
-    touched = gradient.abs().sum(1, keepdim=True) > 0
-    assert torch.equal(touched, certain)
-    # The mask is a constant to the gradient: (1 + strength M) dg/df / n.
-    f = features.detach().requires_grad_()
-    weights = torch.from_numpy(weight).float() * certain / certain.sum()
-    (expected,) = torch.autograd.grad((weights * gap(f, probabilities, prototypes)).sum(), f)
-    torch.testing.assert_close(gradient, expected)
+    assert torch.equal(gradient.abs().sum(1, keepdim=True) > 0, certain)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, features)[0])
+
+
+def test_features_spread_about_their_prototype_have_nothing_to_learn():
+    prototypes = by_hand()
+    spread = torch.tensor([[-1.0, 1.0], [2.0, -2.0]]).T  # places, channels
+    features = (prototypes.mean[0] + spread).T.reshape(1, 2, 2).requires_grad_()
+    certain = torch.ones(1, 1, 2, dtype=torch.bool)
+    first = torch.tensor([1.0, 0.0, 0.0]).view(1, 3, 1).expand(1, 3, 2)
+    assert gap(features, first, prototypes).min() > 0
+    loss = alignment_loss(features, first, prototypes, certain, strength=0.0)
+    loss.backward()
+    assert loss.item() == pytest.approx(0, abs=1e-12)
+    assert features.grad is not None
+    assert not features.grad.any()
+
+
+def test_a_class_that_is_hardly_seen_draws_nobody():
+    features, _, prototypes = some(requires_grad=True)
+    everywhere = torch.ones(2, 1, *features.shape[2:], dtype=torch.bool)
+    size = everywhere.numel()
+    rare = torch.zeros(2, CLASSES, *features.shape[2:])
+    for mass, drawn in ((0.99, [0]), (1.01, [0, 1])):
+        rare[:, 1], rare[:, 0] = mass / size, 1 - mass / size
+        loss = alignment_loss(features, rare, prototypes, everywhere, strength=0.0)
+        terms = []
+        for j in drawn:
+            weight = rare[:, j : j + 1]
+            mean = (weight * features).sum((0, 2, 3, 4)) / weight.sum()
+            terms.append(((mean - prototypes.mean[j]) ** 2 / (prototypes.variance[j] + EPS)).mean())
+        assert loss.item() == pytest.approx(torch.stack(terms).mean().item(), rel=1e-5)
 
 
 def test_nothing_confident_is_a_loss_of_zero():
@@ -306,14 +341,13 @@ def test_the_gradient_flows_to_features_alone():
     assert [t.grad for t in (probabilities, prototypes.mean, prototypes.variance)] == [None] * 3
 
 
-def test_a_step_down_the_loss_brings_features_to_their_class():
+def test_a_step_down_the_loss_brings_the_classes_nearer():
     features, probabilities, prototypes = some(requires_grad=True)
     everywhere = torch.ones(2, 1, *features.shape[2:], dtype=torch.bool)
-    before = gap(features, probabilities, prototypes).mean()
-    (slope,) = torch.autograd.grad(
-        alignment_loss(features, probabilities, prototypes, everywhere), features
-    )
-    assert gap(features - slope, probabilities, prototypes).mean() < before
+    before = alignment_loss(features, probabilities, prototypes, everywhere)
+    (slope,) = torch.autograd.grad(before, features)
+    after = alignment_loss(features - 0.1 * slope, probabilities, prototypes, everywhere)
+    assert after < before
 
 
 def test_the_loss_needs_flags_of_its_grid():

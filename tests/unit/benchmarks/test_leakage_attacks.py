@@ -12,7 +12,7 @@ from scipy import stats
 from benchmarks import leakage_attacks as attacks
 from benchmarks.leakage_data import moments, shared_prototypes, soft_prototype_vector
 from benchmarks.leakage_report import Row, markdown, picture
-from uharmony_model.alignment.prototype_gap import PrototypeSum
+from uharmony_model.alignment.class_prototypes import PrototypeSum
 from uharmony_model.randomness import numpy_generator
 from uharmony_model.unlabelled.amplitude import low_amplitude
 from uharmony_model.unlabelled.style_average import StyleSum

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from tests.support.few_labels import OVERLAPPING, Place, data_of, stored, study_of
 from uharmony_client.alignment_objective import MEMORY, Alignment
 from uharmony_client.objective import LocalData
+from uharmony_model.alignment.class_prototypes import Prototypes
 from uharmony_model.alignment.feature_mask import RAMP
-from uharmony_model.alignment.prototype_gap import EPS, Prototypes
+from uharmony_model.alignment.prototype_gap import EPS
 from uharmony_model.features import deepest_features
 from uharmony_model.losses import segmentation_loss
 from uharmony_model.patches import draw_batch
@@ -57,7 +58,7 @@ def moments(features: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def aligned(study: Study, logits: Tensor, features: Tensor, known: Prototypes) -> Tensor:
-    """mean of (1 + strength M) g over confident places, voxel by voxel."""
+    """How far the masked mean of each class is from its prototype, over confident places."""
     progress = ((ROUND - 1) * 2 + STEP) / (study.training.rounds * 2)
     strength = min(progress / RAMP, 1)
     p = logits.softmax(1).detach()
@@ -69,7 +70,14 @@ def aligned(study: Study, logits: Tensor, features: Tensor, known: Prototypes) -
         gaps = gaps + weights[:, c] * ((features - mean) ** 2 / (variance + EPS)).mean(1)
     top = torch.from_numpy(np.quantile(gaps.detach().double().numpy(), [0.95])).float()
     mask = (gaps.detach() / top).clamp(max=1)
-    return ((1 + strength * mask) * gaps)[sure].mean()
+    distances = []
+    for c in range(2):
+        here = (1 + strength * mask) * weights[:, c]
+        if weights[:, c][sure].sum() < 1:
+            continue
+        masked = (features.movedim(1, -1)[sure] * here[sure][:, None]).sum(0) / here[sure].sum()
+        distances.append(((masked - known.mean[c]) ** 2 / (known.variance[c] + EPS)).mean())
+    return torch.stack(distances).mean()
 
 
 def ramp(study: Study) -> float:

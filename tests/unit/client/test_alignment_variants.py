@@ -30,9 +30,9 @@ from uharmony_client.local_train import RoundResult
 from uharmony_client.objective import LocalData
 from uharmony_client.optimizer import make_optimizer
 from uharmony_client.personal import UNLABELLED
+from uharmony_model.alignment.class_prototypes import Prototypes
 from uharmony_model.alignment.code_style import drawn_codes, in_codes, patch_codes
 from uharmony_model.alignment.discriminator import FeatureDiscriminator
-from uharmony_model.alignment.prototype_gap import Prototypes
 from uharmony_model.alignment.style_autoencoder import (
     AutoencoderSettings,
     StyleAutoencoder,

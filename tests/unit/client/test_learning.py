@@ -26,7 +26,7 @@ from uharmony_client.learning import Given, cases_learned_from, objective_of
 from uharmony_client.objective import Supervised
 from uharmony_client.personal import UNLABELLED, local_parameters, own_model
 from uharmony_client.semi_supervised import SemiSupervised
-from uharmony_model.alignment.prototype_gap import Prototypes
+from uharmony_model.alignment.class_prototypes import Prototypes
 from uharmony_model.exchange.partition import Partition
 from uharmony_model.patches import draw_batch, without_label
 from uharmony_model.study import Study

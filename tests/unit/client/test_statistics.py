@@ -25,7 +25,7 @@ from uharmony_client.policy import Policy, least_patients, statistics_view
 from uharmony_client.releases import Releases
 from uharmony_client.site import Site
 from uharmony_client.statistics import Answer, given_of, statistics_answer
-from uharmony_model.alignment.prototype_gap import Prototypes
+from uharmony_model.alignment.class_prototypes import Prototypes
 from uharmony_model.errors import ExchangeError, PayloadError, StoreError
 from uharmony_model.exchange.instruction import Instruction
 from uharmony_model.exchange.payload import Kind, decode, digest, encode

@@ -8,7 +8,7 @@ import torch
 
 from tests.support import wire
 from tests.support.tiny import tiny_study
-from uharmony_model.alignment.prototype_gap import Prototypes
+from uharmony_model.alignment.class_prototypes import Prototypes
 from uharmony_model.alignment.style_codes import StyleCodes, code_schema
 from uharmony_model.errors import ExchangeError, PayloadError
 from uharmony_model.exchange.payload import Kind, encode

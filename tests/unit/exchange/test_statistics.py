@@ -9,7 +9,7 @@ import torch
 
 from tests.support import wire
 from tests.support.tiny import tiny_study
-from uharmony_model.alignment.prototype_gap import Prototypes
+from uharmony_model.alignment.class_prototypes import Prototypes
 from uharmony_model.errors import ExchangeError, PayloadError
 from uharmony_model.exchange.instruction import Instruction
 from uharmony_model.exchange.payload import Kind, encode

@@ -11,7 +11,7 @@ import torch
 from tests.support import wire
 from tests.support.fake_sites import SCHEMA
 from tests.support.tiny import tiny_study
-from uharmony_model.alignment.prototype_gap import Prototypes
+from uharmony_model.alignment.class_prototypes import Prototypes
 from uharmony_model.errors import StoreError
 from uharmony_model.exchange.payload import Kind, encode
 from uharmony_model.exchange.schema import flatten
