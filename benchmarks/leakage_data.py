@@ -15,17 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.leakage_attacks import Floats
+from uharmony_client.code_styles import CodeStyles
 from uharmony_client.readers import read_cases
 from uharmony_client.site_config import SiteConfig
 from uharmony_client.statistics import STYLE_PATCHES
 from uharmony_client.volume_store import VolumeStore
 from uharmony_model.alignment.class_prototypes import Prototypes, PrototypeSum, class_members
+from uharmony_model.alignment.style_autoencoder import StyleAutoencoder
 from uharmony_model.errors import DataError
 from uharmony_model.exchange.statistics import PROTOTYPE_PATCHES
 from uharmony_model.features import deepest_features
 from uharmony_model.frozen import parse
 from uharmony_model.losses import segmentation_loss
-from uharmony_model.networks import build_network
+from uharmony_model.networks import autoencoder_of, build_network, training_network
 from uharmony_model.patches import StoredVolume, cut, draw_batch, is_foreground_patch, plan_patch
 from uharmony_model.randomness import numpy_generator
 from uharmony_model.segmentation_network import SegmentationNetwork
@@ -129,6 +131,20 @@ def trained_network(town: Town, steps: int) -> SegmentationNetwork:
         loss.backward()
         optimizer.step()
     return network.eval().requires_grad_(False)
+
+
+def trained_autoencoder(town: Town, steps: int) -> StyleAutoencoder:
+    """The style autoencoder after some steps on slices of the attacker's patients."""
+    unlabelled = town.study.unlabelled.model_copy(update={"style": "codes"})
+    study = town.study.model_copy(update={"unlabelled": unlabelled})
+    network = training_network(study, (CURIOUS,), seed=study.seed)
+    styles = CodeStyles(study)
+    volumes = [patient.volume for patient in town.curious]
+    for step in range(steps):
+        batch = draw_batch(volumes, study.task, study.training, study.seed, CURIOUS, 1, step)
+        draw = numpy_generator(study.seed, CURIOUS, step, "slices")
+        styles.learn(network, [batch.image], draw)
+    return autoencoder_of(network).eval().requires_grad_(False)
 
 
 class _EnoughError(Exception):

@@ -26,7 +26,7 @@ class Row:
 def markdown(found: Mapping[str, Any]) -> str:
     """Three tables for each statistic, and whose data they are of."""
     parts = []
-    for name in ("amplitude", "prototypes"):
+    for name in ("amplitude", "prototypes", "codes"):
         result = found[name]
         parts.append(f"## {name.capitalize()} ({result['numbers']} numbers)\n")
         parts.append(_reconstruction(result["reconstruction"]))

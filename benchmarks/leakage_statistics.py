@@ -1,4 +1,4 @@
-"""The two statistics that sites share, as `benchmarks.leakage` attacks them."""
+"""The three statistics that sites share, as `benchmarks.leakage` attacks them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from torch import Tensor
 
 from benchmarks import leakage_data as data
 from benchmarks.leakage_attacks import Floats, Misfit
+from uharmony_model.alignment.code_style import patch_codes, site_codes
+from uharmony_model.alignment.style_autoencoder import StyleAutoencoder, middle_slices
+from uharmony_model.randomness import numpy_generator
 from uharmony_model.segmentation_network import SegmentationNetwork
 from uharmony_model.unlabelled.amplitude import low_amplitude
-from uharmony_model.unlabelled.study_style import half_width, style_floor
+from uharmony_model.unlabelled.study_style import half_width, style_axis, style_floor
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,3 +103,49 @@ def prototypes_of(town: data.Town, network: SegmentationNetwork) -> Statistic:
         return data.moments(shared, len(chosen))
 
     return Statistic("prototypes", rows, own, rows_again, own_again, release, view, misfit)
+
+
+def codes_of(town: data.Town, autoencoder: StyleAutoencoder) -> Statistic:
+    """Mean and deviation of the style codes of a site's patients, by this autoencoder.
+
+    A row is the patient's mean code and mean squared code, both C * S numbers: deviations about the
+    mean of all are made of these.
+    """
+    axis = style_axis(town.study.task)
+
+    def codes(patient: data.Patient) -> Floats:
+        return np.asarray(patch_codes(autoencoder, patient.style, axis).flatten(1).double().numpy())
+
+    every = [[codes(patient) for patient in patients] for patients in _groups(town)]
+    rows, own, rows_again, own_again = (
+        np.stack([np.concatenate((z.mean(0), (z**2).mean(0))) for z in found]) for found in every
+    )
+    numbers = rows.shape[1] // 2
+    scale = torch.from_numpy(own[:, :numbers].std(0, ddof=1)).float()
+
+    def misfit(wanted: Tensor) -> Misfit:
+        def of(image: Tensor) -> Tensor:
+            slices = [middle_slices(patch, axis) for patch in image]
+            means = [autoencoder.encode_style(some).mean(0) for some in slices]
+            return ((torch.stack(means) - wanted) / scale).square().mean(1)
+
+        return of
+
+    def release(chosen: Sequence[int]) -> Floats:
+        patients = [str(i) for i in chosen for _ in every[0][i]]
+        found = np.concatenate([every[0][i] for i in chosen])[:, None]
+        draw = numpy_generator(town.study.seed, "codes of a release")
+        tensors = site_codes(found, patients, draw, min_patients=1).state().values()
+        mean, spread = (tensor.flatten().double().numpy() for tensor in tensors)
+        return np.concatenate((mean, spread**2 + mean**2))
+
+    return Statistic(
+        "codes",
+        rows,
+        own,
+        rows_again,
+        own_again,
+        release,
+        lambda row: row[..., :numbers],
+        misfit,
+    )

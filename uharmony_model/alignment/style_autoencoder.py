@@ -174,11 +174,8 @@ def translate_volume(
     return torch.cat(made).view(moved.shape).movedim(1, axis).contiguous()
 
 
-@torch.no_grad()
-def volume_styles(
-    autoencoder: StyleAutoencoder, channel: Tensor, axis: int, *, middle: float = 4 / 6
-) -> Tensor:
-    """Style codes (N', S) of a volume's middle slices; `channel (1, D, H, W)`, across `axis`.
+def middle_slices(channel: Tensor, axis: int, middle: float = 4 / 6) -> Tensor:
+    """The middle slices (N', 1, h, w) of `channel (1, D, H, W)` across `axis`.
 
     DAR-UNet's code takes the middle four sixths, where there is something to see.
 
@@ -186,7 +183,7 @@ def volume_styles(
         ConfigError: there is more than one channel, `axis` is none of space, or the share is not
             in (0, 1].
     """
-    slices, device = slices_of(channel, axis), next(autoencoder.parameters()).device
+    slices = slices_of(channel, axis)
     if len(channel) != 1 or not 0 < middle <= 1:
         raise ConfigError(
             f"channel {tuple(channel.shape)}, middle {middle}; expected (1, D, H, W) and a share "
@@ -194,7 +191,20 @@ def volume_styles(
         )
     kept = max(1, round(middle * len(slices)))
     first = (len(slices) - kept) // 2
-    pieces = slices[first : first + kept].split(1)
+    return slices[first : first + kept]
+
+
+@torch.no_grad()
+def volume_styles(
+    autoencoder: StyleAutoencoder, channel: Tensor, axis: int, *, middle: float = 4 / 6
+) -> Tensor:
+    """Style codes (N', S) of a volume's middle slices; `channel (1, D, H, W)`, across `axis`.
+
+    Raises:
+        ConfigError: see `middle_slices`.
+    """
+    device = next(autoencoder.parameters()).device
+    pieces = middle_slices(channel, axis, middle).split(1)
     return torch.cat([autoencoder.encode_style(piece.to(device)).cpu() for piece in pieces])
 
 
