@@ -228,7 +228,8 @@ def test_the_report_names_the_data():
         "membership": {1: {"distance": interval}},
         "differencing": {1: {"median": 1e-6, "largest": 2e-6}},
     }
-    text = markdown({"amplitude": result, "prototypes": result, "attribution": "Whose data."})
+    every = dict.fromkeys(("amplitude", "prototypes", "codes"), result)
+    text = markdown({**every, "attribution": "Whose data."})
     assert "| a | 0.50 (0.25 to 0.75), 0.5 dB, 0.12 |" in text
     assert text.endswith("Whose data.\n")
     row = Row("one", torch.zeros(2, 1, 4, 4, 4), {"a": torch.ones(1, 4, 4, 4)})
