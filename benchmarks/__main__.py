@@ -1,6 +1,6 @@
 """Run the benchmarks and print a table, then one JSON line a row.
 
-`hostile`, `fuzz` and `leakage` are commands of their own: `python -m benchmarks fuzz --help`.
+`hostile`, `fuzz`, `leakage` and `compare` are commands of their own, each with a `--help`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PARTS = (
     "data",
     "deployed_round",
 )
-COMMANDS = ("hostile", "fuzz", "leakage")
+COMMANDS = ("hostile", "fuzz", "leakage", "compare")
 
 
 def main() -> int:

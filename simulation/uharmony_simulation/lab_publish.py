@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -68,12 +68,17 @@ def _recognised(task: Task, record: dict[str, Any]) -> Recognition | None:
 
 
 def _scores(task: Task, record: dict[str, Any]) -> list[CaseScore]:
+    return recorded_scores(record, task.cell.title)
+
+
+def recorded_scores(record: Mapping[str, Any], cell: str) -> list[CaseScore]:
+    """The test cases of a record, under conditions that are called `cell`."""
     return [
         CaseScore(
-            arm=task.arm.name,
+            arm=record["arm"],
             at_home=row["at_home"],
-            cell=task.cell.title,
-            seed=task.seed,
+            cell=cell,
+            seed=record["seed"],
             site=row["site"],
             case=row["case"],
             patient=row["patient"],
