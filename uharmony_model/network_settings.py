@@ -7,6 +7,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from uharmony_model.frozen import Frozen
+from uharmony_model.training_settings import View
 
 Residual = Literal["phi", "stem", "depthwise", "head"]
 RESIDUAL_NAMES: tuple[Residual, ...] = get_args(Residual)
@@ -28,7 +29,7 @@ class Harmonization(Frozen):
     layers: Literal["all", "encoder", "decoder"] | PositiveInt = "all"
     residuals: tuple[Residual, ...] = ("phi", "stem", "depthwise")
     domain_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    unseen_view: Literal["plain", "strong", "inverted"] = "plain"
+    unseen_view: View = "plain"
     compiled: bool = False
 
     @field_validator("residuals")

@@ -79,6 +79,11 @@ class Study(Frozen):
     @model_validator(mode="after")
     def _rule_fits_the_network(self) -> Study:
         strange = self.plan.harmonized and self.harmonization.unseen_view != "plain"
+        if strange and self.training.views != "plain":
+            raise ValueError(
+                "training.views show unknown scanners in all steps, those without residuals too; "
+                "leave network.harmonization.unseen_view at plain, or training.views"
+            )
         if strange and self.rule in ("ust-run", "glua"):
             raise ValueError(
                 f"network.harmonization.unseen_view: {self.rule} makes its own views; leave it at "
@@ -234,10 +239,12 @@ class Study(Frozen):
 
         Sorting would hide the order of the classes, which is the order of the outputs. A study
         that asks for no publication, or has no cases without labels, says nothing of it, as before
-        there was any; nor of forms of alignment, or of the view of steps without residuals, that it
-        leaves at their defaults.
+        there was any; nor of forms of alignment, or of views of unknown scanners, that it leaves at
+        their defaults.
         """
         silent: dict[str, Any] = {}
+        if self.training.views == Training().views:
+            silent["training"] = {"views", "view_share"}
         if self.network.harmonization.unseen_view == Harmonization().unseen_view:
             silent["network"] = {"harmonization": {"unseen_view"}}
         if self.publication == Publication():

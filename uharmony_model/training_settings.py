@@ -18,6 +18,7 @@ from uharmony_model.frozen import Frozen
 Candidate = Literal["federated", "own", "whole", "between", "local"]
 CANDIDATES: tuple[Candidate, ...] = get_args(Candidate)
 ChoiceRule = Literal["best", "clear"]
+View = Literal["plain", "strong", "inverted"]
 
 
 class Training(Frozen):
@@ -25,7 +26,9 @@ class Training(Frozen):
 
     `proximal` is the weight of the pull of methods that have one, `head_share` the share of a
     round's steps that those with a local last block spend on it alone. `modality_dropout` is the
-    chance of each channel of a sample to be hidden; at least one stays.
+    chance of each channel of a sample to be hidden; at least one stays. `views` is what
+    `view_share` of the labelled patches show beyond `augment`: nothing, intensities strongly
+    changed, or turned over too (see `uharmony_model.unseen_view`).
     """
 
     rounds: PositiveInt = 10
@@ -34,6 +37,8 @@ class Training(Frozen):
     patch: tuple[PositiveInt, PositiveInt, PositiveInt] = (32, 32, 32)
     foreground: Annotated[float, Field(ge=0, le=1)] = 0.5
     augment: bool = True
+    views: View = "plain"
+    view_share: Annotated[float, Field(gt=0, le=1)] = 0.5
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: PositiveFloat = 1e-3
     schedule: Literal["constant", "cosine"] = "cosine"

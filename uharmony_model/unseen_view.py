@@ -1,10 +1,11 @@
-"""A patch as a scanner that nobody knows might have shown it: what zero residuals learn from.
+"""A patch as a scanner that nobody knows might have shown it.
 
-An unseen site is served with all residuals at zero. Steps with domain dropout train that state, on
-scanners that are all known; with these views they train it on changed ones, while what describes a
-site's own domain learns from its images as they are. Widening the intensities of the training data
-so that unknown scanners are met is after BigAug (Zhang et al. 2020, arXiv:1906.03347); doing so for
-the shared state alone is ours, as are kinds and chances.
+Widening the intensities of the training data so that unknown scanners are met is after BigAug
+(Zhang et al. 2020, arXiv:1906.03347): `training.views` does so to a share of the labelled patches,
+with any method. `unseen_view` does so for the shared state alone, which is ours: an unseen site is
+served with all residuals at zero, steps with domain dropout train that state, and with these views
+they train it on changed scanners, while what describes a site's own domain learns from its images
+as they are. Kinds and chances are ours.
 """
 
 from __future__ import annotations
@@ -14,9 +15,37 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
+from uharmony_model.presence import change_shown
+from uharmony_model.task import Task
+from uharmony_model.training_settings import View
 from uharmony_model.unlabelled.strong import strong_change
 
 INVERT_CHANCE = 1 / 3  # of each channel: dark tissue becomes bright, as in another sequence
+
+
+def viewed(
+    image: Tensor,
+    task: Task,
+    view: View,
+    generators: Sequence[np.random.Generator],
+    share: float = 1.0,
+) -> Tensor:
+    """The network's input `image (B, C, D, H, W)` with each sample changed by this chance.
+
+    Masks of presence stay, and so does every voxel's place.
+    """
+    if view == "plain":
+        return image
+    # All of them need no draw: what a seed gives does not hang on whether there is a choice.
+    chosen = [i for i, one in enumerate(generators) if share == 1 or one.random() < share]
+    if not chosen:
+        return image
+    draws = [generators[i] for i in chosen]
+    found = image.clone()
+    found[chosen] = change_shown(
+        image[chosen], task, lambda x: unseen_view(x, draws, invert=view == "inverted")
+    )
+    return found
 
 
 def unseen_view(

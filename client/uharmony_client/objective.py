@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from uharmony_model.losses import segmentation_loss
 from uharmony_model.patches import Batch, StoredVolume, draw_batch
-from uharmony_model.presence import change_shown
 from uharmony_model.randomness import numpy_generator
 from uharmony_model.study import Study
-from uharmony_model.unseen_view import unseen_view
+from uharmony_model.training_settings import View
+from uharmony_model.unseen_view import viewed
 
 Carried = Mapping[str, Tensor]
 
@@ -96,7 +96,8 @@ class Supervised:
         """Dice plus cross-entropy of one batch."""
         image, label, domain = self.draw(network, round_, step)
         if drop and self.study.plan.harmonized:
-            image = self._as_unseen(image, round_, step)
+            view = self.study.harmonization.unseen_view
+            image = self._viewed(image, view, (round_, step, "unseen-view"))
         logits = network(image, domain, drop=drop)
         annotated = self.data.annotated.to(image.device)
         return segmentation_loss(logits, label, self.study.task, annotated)
@@ -106,18 +107,20 @@ class Supervised:
         data, study = self.data, self.study
         where = (study.seed, data.site, round_, step)
         batch = draw_batch(data.volumes, study.task, study.training, *where)
-        return on_device(network, batch, data.domains)
+        image, label, domain = on_device(network, batch, data.domains)
+        training = study.training
+        seen = self._viewed(image, training.views, (round_, step, "view"), training.view_share)
+        return seen, label, domain
 
-    def _as_unseen(self, image: Tensor, round_: int, step: int) -> Tensor:
-        """What a step without residuals sees; masks of presence stay."""
-        view = self.study.harmonization.unseen_view
-        if view == "plain":
-            return image
-        where = (self.study.seed, self.data.site, round_, step, "unseen-view")
-        draws = [numpy_generator(*where, sample) for sample in range(len(image))]
-        return change_shown(
-            image, self.study.task, lambda x: unseen_view(x, draws, invert=view == "inverted")
-        )
+    def _viewed(
+        self, image: Tensor, view: View, where: tuple[int, int, str], share: float = 1.0
+    ) -> Tensor:
+        """A share of a batch as an unknown scanner would show it."""
+        study = self.study
+        draws = [
+            numpy_generator(study.seed, self.site, *where, sample) for sample in range(len(image))
+        ]
+        return viewed(image, study.task, view, draws, share)
 
     def moved(self, network: nn.Module, round_: int, step: int) -> None:
         """Nothing else moves."""

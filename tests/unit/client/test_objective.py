@@ -8,8 +8,11 @@ import torch
 from tests.support.few_labels import Place, data_of, same, stored, study_of
 from uharmony_client.learning import objective_of
 from uharmony_client.objective import Supervised, on_device
+from uharmony_client.semi_supervised import SemiSupervised
 from uharmony_model.losses import segmentation_loss
 from uharmony_model.patches import Batch, draw_batch
+from uharmony_model.randomness import numpy_generator
+from uharmony_model.unseen_view import viewed
 
 
 @pytest.mark.parametrize("drop", [False, True])
@@ -50,6 +53,32 @@ def test_only_steps_without_residuals_see_an_unseen_scanner(method, drop, view, 
     one, other = (Supervised(data, s).loss(network, 2, 1, drop=drop) for s in (plain, study))
     assert bool(one != other) is changed
     assert torch.equal(other, Supervised(data, study).loss(network, 2, 1, drop=drop))
+
+
+@pytest.mark.parametrize("method", ["uharmony", "fedavg"])
+@pytest.mark.parametrize("drop", [False, True])
+def test_views_are_for_labelled_patches_of_any_method_and_step(method, drop):
+    plain = study_of("none", method)
+    every = study_of("none", method, training={"views": "strong", "view_share": 1.0})
+    data, network = data_of(), Place(plain, ("x",)).network()
+    image, label, domain = Supervised(data, plain).draw(network, 2, 1)
+    draws = [numpy_generator(plain.seed, "alpha", 2, 1, "view", s) for s in range(len(image))]
+    seen = viewed(image, plain.task, "strong", draws)
+    assert not torch.equal(seen, image)
+    wanted = segmentation_loss(network(seen, domain, drop=drop), label, plain.task, data.annotated)
+    assert torch.equal(Supervised(data, every).loss(network, 2, 1, drop=drop), wanted)
+
+
+@pytest.mark.parametrize("rule", ["mean-teacher", "fixmatch", "ust-run", "glua"])
+def test_views_change_what_labels_teach_and_no_unlabelled_patch(rule):
+    plain = study_of(rule)
+    study = study_of(rule, training={"views": "inverted", "view_share": 1.0})
+    network = Place(plain).network()
+    one, other = (objective_of(data_of(unlabelled=stored(3)), s) for s in (plain, study))
+    assert isinstance(one, SemiSupervised)
+    assert isinstance(other, SemiSupervised)
+    assert torch.equal(one.unlabelled(network, 1, 0)[0], other.unlabelled(network, 1, 0)[0])
+    assert not torch.equal(one.labelled(network, 1, 0)[0], other.labelled(network, 1, 0)[0])
 
 
 def test_without_a_rule_unlabelled_cases_change_nothing():

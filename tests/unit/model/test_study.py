@@ -190,9 +190,20 @@ def test_the_view_of_steps_without_residuals_is_named_where_it_is_chosen():
     assert "unseen_view" not in layer(tiny_study(network=chosen).with_method("local"))
 
 
+def test_views_are_named_where_they_are_chosen():
+    def training(study: Study) -> dict[str, object]:
+        found: dict[str, object] = json.loads(study.canonical_json())["training"]
+        return found
+
+    assert not {"views", "view_share"} & set(training(tiny_study()))
+    chosen = training(tiny_study(training={"views": "strong"}))
+    assert (chosen["views"], chosen["view_share"]) == ("strong", 0.5)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
+        ({"training": {"views": "strong"}}, "leave network.harmonization.unseen_view at plain"),
         ({"network": {"harmonization": {"domain_dropout": 0}}}, "give domain_dropout more than 0"),
         ({"unlabelled": {"rule": "ust-run"}}, "ust-run makes its own views"),
         ({"method": "uharmony", "unlabelled": {"rule": "glua"}}, "glua makes its own views"),

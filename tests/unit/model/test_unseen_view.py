@@ -1,4 +1,4 @@
-"""What zero residuals learn from: other intensities, the same anatomy."""
+"""Views of unknown scanners: other intensities, the same anatomy."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support.tiny import tiny_study
 from uharmony_model.errors import ConfigError
 from uharmony_model.randomness import numpy_generator
 from uharmony_model.unlabelled.strong import strong_change
-from uharmony_model.unseen_view import INVERT_CHANCE, unseen_view
+from uharmony_model.unseen_view import INVERT_CHANCE, unseen_view, viewed
 
 N = 400
 
@@ -49,6 +50,40 @@ def test_channels_turn_over_by_themselves():
     first, second = (rises(found[:, c : c + 1]) for c in (0, 1))
     assert (first != second).any()
     assert (first == second).any()
+
+
+def test_plain_is_the_image_itself():
+    image = ramps(2)
+    assert viewed(image, tiny_study().task, "plain", generators(2)) is image
+
+
+@pytest.mark.parametrize(("view", "invert"), [("strong", False), ("inverted", True)])
+def test_all_of_a_batch_is_changed_as_by_itself(view, invert):
+    found = viewed(ramps(5), tiny_study().task, view, generators(5))
+    assert torch.equal(found, unseen_view(ramps(5), generators(5), invert=invert))
+
+
+def test_a_share_is_changed_and_the_rest_is_as_it_was():
+    """Binomial: 400 draws at 1/4 lie within five deviations of 8.7 about 100."""
+    found = viewed(ramps(N), tiny_study().task, "strong", generators(N), share=0.25)
+    changed = (found != ramps(N)).flatten(1).any(1).sum().item()
+    # A strong change has no effect at all in one of 40: 0.5 * 0.2 * 0.5 * 0.5 is 0.025.
+    expected = N * 0.25 * (1 - 0.5 * 0.2 * 0.5 * 0.5)
+    assert abs(changed - expected) < 5 * (N * 0.25 * 0.75) ** 0.5
+
+
+def test_masks_of_presence_are_not_changed():
+    task = tiny_study(
+        task={
+            "intensity": {"CT": {"policy": "zscore"}, "MR": {"policy": "zscore"}},
+            "presence": True,
+            "channels": 2,
+        }
+    ).task
+    image = torch.cat((ramps(N).expand(N, 2, 4, 4, 4), torch.ones(N, 2, 4, 4, 4)), 1)
+    found = viewed(image, task, "inverted", generators(N))
+    assert torch.equal(found[:, 2:], image[:, 2:])
+    assert not torch.equal(found[:, :2], image[:, :2])
 
 
 @pytest.mark.parametrize("count", [1, 3])
