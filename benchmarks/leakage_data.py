@@ -18,7 +18,7 @@ from benchmarks.leakage_attacks import Floats
 from uharmony_client.code_styles import CodeStyles
 from uharmony_client.readers import read_cases
 from uharmony_client.site_config import SiteConfig
-from uharmony_client.statistics import STYLE_PATCHES
+from uharmony_client.statistic_measures import STYLE_PATCHES
 from uharmony_client.volume_store import VolumeStore
 from uharmony_model.alignment.class_prototypes import Prototypes, PrototypeSum, class_members
 from uharmony_model.alignment.style_autoencoder import StyleAutoencoder

@@ -102,12 +102,6 @@ class Study(Frozen):
         if self.rule != "glua":
             return self
         shared = self.plan.local != EVERYTHING
-        if self.unlabelled.align == "discriminator" and shared:
-            raise ValueError(
-                f"unlabelled.align: discriminator under {self.method}: its gradients would have to "
-                "be summed over sites, source and target counting alike, in every step; what sites "
-                "send is averaged over rounds by cases. Use align: prototypes, or the arm glua"
-            )
         if self.style_rounds >= self.training.rounds:
             raise ValueError(
                 f"unlabelled.style: codes trains its autoencoder in {self.style_rounds} of "
@@ -206,8 +200,8 @@ class Study(Frozen):
         found: tuple[Statistic, ...] = ()
         if self.rule in ("ust-run", "glua") and settings.amplitude != "off":
             found = ("codes",) if self.learns_styles else ("amplitude",)
-        if self.rule == "glua" and settings.align == "prototypes":
-            found += ("prototypes",)
+        if self.rule == "glua" and settings.align != "off":
+            found += (settings.align,)
         return found
 
     @property

@@ -10,7 +10,7 @@ from uharmony_model.frozen import Frozen
 
 Rule = Literal["none", "mean-teacher", "fixmatch", "entropy-min", "adabn", "ust-run", "glua"]
 RULES: tuple[Rule, ...] = get_args(Rule)
-Statistic = Literal["amplitude", "prototypes", "codes"]
+Statistic = Literal["amplitude", "prototypes", "codes", "discriminator"]
 STATISTICS: tuple[Statistic, ...] = get_args(Statistic)
 
 
@@ -30,8 +30,8 @@ class Unlabelled(Frozen):
     Of Global-Local Union Alignment `style` says how labelled patches are shown as a target's: by
     low `amplitude`, or by `codes` of a style autoencoder that is trained in the first
     `style_rounds` rounds (None: a quarter of them) and rests then; `amplitude: off` means neither.
-    `align` says what draws features together: class `prototypes`, a `discriminator` (where nothing
-    is shared), or nothing (`off`).
+    `align` says what draws features together: class `prototypes`, a `discriminator` (one step of it
+    a training step in one place, one a round where sites train it together), or nothing (`off`).
 
     Statistics that sites share are averages over at least `min_patients` patients each. In the
     first `warm_up` rounds only sites with labels count in the federation's mean.

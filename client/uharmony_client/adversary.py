@@ -1,28 +1,70 @@
-"""The discriminator of features in one place: what the segmenter pays it, and its own steps.
+"""The discriminator of features: what the segmenter pays it, and its own steps in one place.
 
     segmenter       0.01 mean over target voxels of (1 + ramp * M) D(f_t)^2,  D resting
     discriminator   L_D on the same features, f' source-like 0 and f_t target 1; after that step
 
-M is the local feature mask of D's scores: places that D still tells apart count more. Weighting the
-fooling term is **ours**: DAST multiplies the features themselves, and then needs D to predict. The
-source is not known to us (arXiv:2205.11888); D, its polarity and 0.01 are DAST's (Yu et al. 2021).
+In a federation D comes with a round's weights and rests (`GivenAdversary`); its steps are the
+server's, on the sites' gradients (`uharmony_model.alignment.shared_discriminator`). M is the local
+feature mask of D's scores: places that D still tells apart count more. Weighting the fooling term
+is **ours**: DAST multiplies the features themselves, and then needs D to predict. The source is not
+known to us (arXiv:2205.11888); D, its polarity and 0.01 are DAST's (Yu et al. 2021).
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from uharmony_client.objective import Carried
 from uharmony_client.optimizer import PREFIX, moments, restore_moments
-from uharmony_model.alignment.discriminator import FeatureDiscriminator, discriminator_term
+from uharmony_model.alignment.discriminator import (
+    BETAS,
+    RATE,
+    FeatureDiscriminator,
+    discriminator_term,
+)
 from uharmony_model.alignment.feature_mask import adversarial_mask, masked
+from uharmony_model.alignment.shared_discriminator import discriminator_of
 from uharmony_model.errors import StoreError
 
 WEIGHT = 0.01  # of the fooling term, DAST's
-RATE = 1e-3  # ten times DAST's, which takes far more steps
-BETAS = (0.9, 0.99)
 _WEIGHTS = "weights/"
+
+
+def fooling_loss(discriminator: FeatureDiscriminator, features: Tensor, strength: float) -> Tensor:
+    """The segmenter's term for target features (B, C, d, h, w); the discriminator rests."""
+    discriminator.requires_grad_(False)
+    scores: Tensor = discriminator(features)
+    squares = scores.to(torch.promote_types(scores.dtype, torch.float32)).square()
+    return WEIGHT * masked(squares, adversarial_mask(scores), strength).mean()
+
+
+class GivenAdversary:
+    """One that other places train; without `weights` there is none yet, and nothing to pay."""
+
+    def __init__(self, weights: Mapping[str, Tensor] | None) -> None:
+        self._discriminator = None if weights is None else discriminator_of(weights)
+
+    def saw_source(self, features: Tensor) -> None:
+        """Nothing: what it learns from is measured of patches that are always the same."""
+
+    def fooling(self, features: Tensor, strength: float) -> Tensor | None:
+        """What the segmenter pays for target features (B, C, d, h, w) that are told apart."""
+        if self._discriminator is None:
+            return None
+        return fooling_loss(self._discriminator.to(features.device), features, strength)
+
+    def learn(self) -> None:
+        """Nothing: its steps are the server's."""
+
+    def carried(self) -> Carried:
+        """Nothing: it comes with every round."""
+        return {}
+
+    def restore(self, carried: Carried) -> None:
+        """Nothing to put back."""
 
 
 class Adversary:
@@ -42,11 +84,7 @@ class Adversary:
     def fooling(self, features: Tensor, strength: float) -> Tensor:
         """What the segmenter pays for target features (B, C, d, h, w) that are told apart."""
         self._target = features.detach()
-        _, discriminator = self._discriminator(features)
-        discriminator.requires_grad_(False)
-        scores: Tensor = discriminator(features)
-        squares = scores.to(torch.promote_types(scores.dtype, torch.float32)).square()
-        return WEIGHT * masked(squares, adversarial_mask(scores), strength).mean()
+        return fooling_loss(self._discriminator(features)[1], features, strength)
 
     def learn(self) -> None:
         """One step on what was seen since the last one; none where a side is missing."""

@@ -17,13 +17,13 @@ federation styles and prototypes are what sites gave; in one place they come fro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from uharmony_client.adversary import Adversary
+from uharmony_client.adversary import Adversary, GivenAdversary
 from uharmony_client.code_styles import CodeStyles
 from uharmony_client.objective import Carried, LocalData
 from uharmony_client.optimizer import PREFIX
@@ -46,6 +46,8 @@ _STYLE, _ADVERSARY = "style/", "discriminator/"
 class Alignment(SemiSupervised):
     """One step; `styles`, `prototypes` and `codes` are those that sites gave, if any.
 
+    `discriminator` is one that sites train together, by parameter; in one place there is an own.
+
     While the style autoencoder learns every site counts, as all are needed for it; a site without
     labels learns nothing else then.
     """
@@ -57,14 +59,17 @@ class Alignment(SemiSupervised):
         styles: Sequence[Tensor] = (),
         prototypes: Prototypes | None = None,
         codes: Sequence[StyleCodes] = (),
+        discriminator: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__(data, study)
         self._styles = list(styles)
         self._given = prototypes
         self._running: Prototypes | None = None
         self._codes = CodeStyles(study, codes) if study.learns_styles else None
-        by_features = self.settings.align == "discriminator"
-        self._adversary = Adversary(study.seed) if by_features else None
+        self._adversary: Adversary | GivenAdversary | None = None
+        if self.settings.align == "discriminator":
+            given = "discriminator" in study.statistics
+            self._adversary = GivenAdversary(discriminator) if given else Adversary(study.seed)
 
     @property
     def share(self) -> float:
@@ -112,16 +117,14 @@ class Alignment(SemiSupervised):
             logits = network(image, domain, drop=drop)
         features = seen.features
         strength = mask_ramp(self.progress(round_, step))
+        # All logits take part, so that there is a gradient where the encoder rests.
+        nothing: Tensor = 0.0 * logits.sum()
         if self._adversary is not None:
-            self.learned_from(1.0)
-            # All logits take part, so that there is a gradient where the encoder rests.
-            nothing: Tensor = 0.0 * logits.sum()
-            return nothing + self._adversary.fooling(features, strength)
+            paid = self._adversary.fooling(features, strength)
+            self.learned_from(0.0 if paid is None else 1.0)
+            return nothing if paid is None else nothing + paid
         sure = pseudo_label(logits, task, self.settings.threshold)
         certain = sure.certain if sure.certain.ndim == 5 else sure.certain[:, None]
-        # Without prototypes nothing is learned. All logits take part, so that there is a gradient
-        # where the encoder rests.
-        nothing = 0.0 * logits.sum()
         if known is None or not bool(known.present.any()):
             self.learned_from(0.0)
             return nothing

@@ -168,7 +168,7 @@ def _train(
     update = round_update(site, bench, order.round, given=given, on_step=on_step)
     content = _carried(out.payload(update, bench.partition.shared_schema))
     if order.statistics:
-        answer = statistics_answer(site, bench, order, form, out)
+        answer = statistics_answer(site, bench, order, form, out, given)
         for what, data in answer.payloads.items():
             content[what] = ArrayRecord({"payload": _array(data)})
         content["statistics"] = ConfigRecord({"json": answer.text})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -33,12 +34,14 @@ _PLAIN: dict[Rule, type[SemiSupervised]] = {
 class Given:
     """What the federation gives for a round beside its weights: styles, class prototypes.
 
-    `styles` are low amplitudes, `codes` those of a study whose styles are codes.
+    `styles` are low amplitudes, `codes` those of a study whose styles are codes; `discriminator`
+    the weights of one that sites train together, by parameter.
     """
 
     styles: tuple[Tensor, ...] = ()
     prototypes: Prototypes | None = None
     codes: tuple[StyleCodes, ...] = ()
+    discriminator: Mapping[str, Tensor] | None = None
 
 
 NOTHING = Given()
@@ -59,5 +62,7 @@ def objective_of(data: LocalData, study: Study, given: Given = NOTHING) -> Objec
     if rule == "ust-run":
         return UstRun(data, study, given.styles)
     if rule == "glua":
-        return Alignment(data, study, given.styles, given.prototypes, given.codes)
+        return Alignment(
+            data, study, given.styles, given.prototypes, given.codes, given.discriminator
+        )
     return _PLAIN[rule](data, study)

@@ -14,6 +14,7 @@ from torch import Tensor
 from uharmony_client.ledger import Ledger, tensor_facts
 from uharmony_client.policy import KEPT, Policy, allowed_values
 from uharmony_model.alignment.class_prototypes import check_prototypes
+from uharmony_model.alignment.shared_discriminator import channels_of, check_discriminator
 from uharmony_model.alignment.style_codes import CENTROIDS, check_codes
 from uharmony_model.errors import ExchangeError
 from uharmony_model.exchange.payload import (
@@ -178,7 +179,7 @@ def _checked_statistic(
     what = statistic_of(schema)
     if what is None or what not in policy.statistics:
         raise ExchangeError(f"{what or 'this'} may not leave: policy.statistics does not name it")
-    patients, least = patients_told(manifest.values), max(LEAST_PATIENTS, policy.min_cases)
+    patients, least = patients_told(manifest.values, what), max(LEAST_PATIENTS, policy.min_cases)
     if patients < least:
         raise ExchangeError(
             f"{what} of {patients} patients may not leave, expected {least} or more"
@@ -190,6 +191,8 @@ def _checked_statistic(
     elif what == "codes":
         channels, numbers = tensors[CENTROIDS].shape
         check_codes(tensors, channels, numbers)
+    elif what == "discriminator":
+        check_discriminator(tensors, channels_of(tensors))
     else:
         channels, side = tensors[AMPLITUDE].shape[:2]
         check_style(tensors[AMPLITUDE], channels, side // 2)

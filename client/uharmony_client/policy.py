@@ -139,13 +139,17 @@ def statistics_view(policy: Policy, study: Study) -> str:
         ),
         "codes": "mean and deviation of style codes of {} training patients or more, "
         f"{2 * study.task.channels * STYLE_NUMBERS} numbers, once",
+        "discriminator": (
+            "a gradient over {} training patients or more of a network that tells whose features "
+            "they are, in every round"
+        ),
     }
     least = least_patients(policy, study)
     said = [
         f"{how[what].format(least)}, without any privacy claim"
         if what in policy.statistics
         else f"no {what}, policy.statistics does not name "
-        + ("it" if what == "amplitude" else "them")
+        + ("them" if what in ("prototypes", "codes") else "it")
         for what in asked
     ]
     return "; ".join(said)

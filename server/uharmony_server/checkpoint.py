@@ -44,9 +44,9 @@ from uharmony_model.exchange.payload import digest
 from uharmony_model.exchange.schema import Schema, flatten, unflatten
 from uharmony_model.frozen import Frozen
 from uharmony_server.admission import Refusal
+from uharmony_server.gathered import Facts, Gathered, packed, unpacked
 from uharmony_server.publication import Published
 from uharmony_server.published_store import read_published, write_published
-from uharmony_server.statistics import Facts, Gathered, packed, unpacked
 
 KEEP = 3
 _MOMENTUM = "momentum.safetensors"

@@ -24,6 +24,7 @@ from uharmony_model.schedule import finale_round, publication_round, splits_due
 from uharmony_model.study import Study
 from uharmony_server.admission import Admitted, Refusal
 from uharmony_server.checkpoint import Checkpoint
+from uharmony_server.gathered import Gathered
 from uharmony_server.journal import Journal
 from uharmony_server.judging import expected_from, judge_metrics, judge_update
 from uharmony_server.publication import Published, take
@@ -32,7 +33,7 @@ from uharmony_server.replies import publication_of, refusal_of, statistics_of
 from uharmony_server.roster import Roster, SiteOf
 from uharmony_server.round_sum import RoundSum
 from uharmony_server.server_step import next_weights
-from uharmony_server.statistics import Answer, Gathered, Gathering
+from uharmony_server.statistics import Answer, Gathering
 
 
 class HarmonyStrategy(Strategy):
@@ -118,6 +119,8 @@ class HarmonyStrategy(Strategy):
                 held, bad = self._gathering.take(held or Gathered(), said, expected)
                 for one in bad:
                     self._journal.refuse(one)
+        if held is not None and self._gathering is not None:
+            held = self._gathering.closed(held)
         # Greeted again before the next round, it can say so.
         self._roster.leave_out(total.unsaid)
         self._roster.require_members(server_round, total.norms)

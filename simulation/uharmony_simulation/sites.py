@@ -40,7 +40,7 @@ _POLICY = """\
 policy:
   min_cases: 1
   share: [backbone, norm_affine, norm_statistics, polynomial, style_autoencoder]
-  statistics: [amplitude, prototypes, codes]
+  statistics: [amplitude, prototypes, codes, discriminator]
   allow_rollback: true
 """
 

@@ -20,12 +20,17 @@ from uharmony_client.ledger_check import show
 from uharmony_client.outgoing import Outgoing
 from uharmony_client.site_models import site_network
 from uharmony_client.workbench import carried_after
+from uharmony_model.alignment.discriminator import FeatureDiscriminator
+from uharmony_model.alignment.shared_discriminator import SharedDiscriminator
 from uharmony_model.alignment.style_autoencoder import AutoencoderSettings, build_autoencoder
 from uharmony_model.bundle import load_bundle
 from uharmony_model.exchange.instruction import Instruction
 from uharmony_model.exchange.schema import unflatten
+from uharmony_model.exchange.statistics import Said
+from uharmony_model.features import deepest_features
 from uharmony_model.initial import initial_weights
 from uharmony_model.methods import METHODS
+from uharmony_model.networks import training_network
 from uharmony_model.schedule import finale_round
 from uharmony_model.study import Study
 from uharmony_model.training_settings import Finale
@@ -96,6 +101,7 @@ class Run:
         self.opener = SiteOpener(self.arm, sites, MACHINE, folder / "stores")
         self.orders: dict[tuple[str, int], Instruction] = {}
         self.weights: dict[int, dict[str, Tensor]] = {}
+        self.discriminators: dict[int, SharedDiscriminator | None] = {}
 
     def ledger(self, site: str) -> Path:
         return self.folder / "books" / site
@@ -127,6 +133,8 @@ class Run:
 
         def done(state: Checkpoint) -> None:
             self.weights[state.round] = unflatten(state.global_.clone(), schema)
+            given = state.statistics
+            self.discriminators[state.round] = None if given is None else given.discriminator
 
         schema, initial = initial_weights(self.arm.study)
         grid = InProcessGrid(app, self.arm.sites)
@@ -222,8 +230,8 @@ def test_codes_change_what_is_learned(federation, sites, tmp_path):
     assert not all(torch.equal(v, run.weights[3][k]) for k, v in other.weights[3].items())
 
 
-def _silent(site):
-    allowed = tuple(s for s in site.config.policy.statistics if s != "codes")
+def _silent(site, what="codes"):
+    allowed = tuple(s for s in site.config.policy.statistics if s != what)
     policy = site.config.policy.model_copy(update={"statistics": allowed})
     return dataclasses.replace(site, config=site.config.model_copy(update={"policy": policy}))
 
@@ -235,6 +243,94 @@ def test_a_killed_coordinator_ends_with_the_same_weights(federation, sites, tmp_
     with pytest.raises(KeyboardInterrupt):
         again(kill=at)
     assert again().digest == state.digest
+
+
+# --- a discriminator of all sites ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def adversarial(sites, tmp_path_factory):
+    study = study_of("glua-fed", align="discriminator")
+    run = Run(sites, tmp_path_factory.mktemp("adversarial"), study)
+    return run, run()
+
+
+def test_a_rounds_discriminator_is_one_step_of_the_pooled_one(adversarial):
+    """Its loss in one place: a patch is as large as a volume, so the draws do not matter."""
+    run, state = adversarial
+    assert state.refusals == ()
+    network = training_network(run.study, ("x",), seed=run.study.seed).eval()
+    pooled = FeatureDiscriminator(8, seed=run.study.seed)
+    loss = torch.zeros(())
+    for name, wanted in (("east", 0.0), ("north", 1.0)):  # `shy` says nothing, `few` has too few
+        site = run.opener.named(name)
+        terms = []
+        for case in site.split("train"):
+            image = torch.tensor(site.volumes[case.case].image[0][None, None], dtype=torch.float32)
+            with torch.no_grad(), deepest_features(network) as seen:
+                network(image, torch.zeros(1, dtype=torch.long))
+            terms.append((pooled(seen.features) - wanted).square().mean())
+        assert len(terms) == CASES[name]
+        loss = loss + torch.stack(terms).mean()
+    loss.backward()
+    torch.optim.Adam(pooled.parameters(), lr=1e-3, betas=(0.9, 0.99)).step()
+    found = run.discriminators[1]
+    assert found is not None
+    for name, parameter in pooled.named_parameters():
+        assert parameter.grad is not None
+        # Adam's first step divides by the gradient: where there is none its sign is rounding's.
+        clear = parameter.grad.abs() > 1e-6
+        assert clear.any()
+        torch.testing.assert_close(
+            found.weights[name][clear], parameter.detach()[clear], rtol=0, atol=1e-6
+        )
+    assert [run.discriminators[n].steps for n in range(1, ROUNDS + 1)] == [1, 2, 3, 4]
+
+
+def test_every_site_is_asked_for_a_gradient_in_every_round(adversarial):
+    run, state = adversarial
+    assert {run.orders[s, 1].statistics for s in CASES} == {("amplitude", "discriminator")}
+    assert {run.orders[s, 3].statistics for s in ("east", "north")} == {("discriminator",)}
+    said = {site: words["discriminator"] for site, words in state.statistics.said.items()}
+    assert said == {
+        "east": Said.GIVEN,
+        "few": Said.TOO_FEW_PATIENTS,
+        "north": Said.GIVEN,
+        "shy": Said.NOT_OPTED_IN,
+    }
+    sent = [e for e in show(run.ledger("north")) if e.kind == "statistics" and e.tensors]
+    assert [(e.round, e.values) for e in sent if "target" in e.values] == [
+        (n, {"patients": 3, "target": 1}) for n in range(1, ROUNDS + 1)
+    ]
+
+
+def test_a_site_that_gives_none_learns_with_it_all_the_same(adversarial, sites, tmp_path):
+    """Without the labelled side there is none, and nobody without labels is taught."""
+    run, _ = adversarial
+    other = Run(sites, tmp_path, run.study)
+    opened = other.opener.named
+    other.opener.named = lambda name, on_case=None: _silent(  # type: ignore[method-assign]
+        opened(name, on_case), "discriminator"
+    )
+    other()
+    assert other.discriminators[ROUNDS] is None
+    assert all(torch.equal(v, run.weights[1][k]) for k, v in other.weights[1].items())
+    assert not all(torch.equal(v, run.weights[2][k]) for k, v in other.weights[2].items())
+
+
+@pytest.mark.parametrize("at", [("north", 2), ("few", 3)])
+def test_with_a_discriminator_a_killed_coordinator_ends_with_the_same(
+    adversarial, sites, tmp_path, at
+):
+    run, state = adversarial
+    again = Run(sites, tmp_path, run.study)
+    with pytest.raises(KeyboardInterrupt):
+        again(kill=at)
+    assert again().digest == state.digest
+    one, other = run.discriminators[ROUNDS], again.discriminators[ROUNDS]
+    assert one is not None
+    assert other is not None
+    assert all(torch.equal(v, other.tensors()[k]) for k, v in one.tensors().items())
 
 
 # --- in one place --------------------------------------------------------------------------------

@@ -15,12 +15,14 @@ from flwr.app import Context, Message
 
 from tests.support.tiny import tiny_study, write_folder
 from uharmony_client.flower_app import make_client_app
+from uharmony_model.exchange.combined import Combined, open_combined
 from uharmony_model.exchange.instruction import Instruction
 from uharmony_model.exchange.payload import decode_body, open_payload
 from uharmony_model.exchange.schema import unflatten
-from uharmony_model.exchange.statistics import Combined, Said, StatisticsForm, open_combined
+from uharmony_model.exchange.statistics import Said, StatisticsForm
 from uharmony_model.initial import initial_weights
 from uharmony_model.study import Study
+from uharmony_model.unlabelled_settings import STATISTICS
 from uharmony_server.admission import RefusalReason
 from uharmony_server.checkpoint import Checkpoint, load_latest
 from uharmony_server.rounds import run_rounds
@@ -63,7 +65,7 @@ def sites(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_sites(study_of(), SOURCE, data, root / "sites")
     path = root / "sites" / "shy" / "site.yaml"
     content = yaml.safe_load(path.read_text())
-    assert content["policy"].pop("statistics") == ["amplitude", "prototypes", "codes"]
+    assert tuple(content["policy"].pop("statistics")) == STATISTICS
     path.write_text(yaml.safe_dump(content))
     return root / "sites"
 

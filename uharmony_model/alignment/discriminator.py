@@ -30,6 +30,8 @@ from uharmony_model.errors import ExchangeError, NetworkError, QuorumError
 from uharmony_model.randomness import seed_for
 
 SLOPE = 0.2  # of the leaky ReLU below zero, as in DAST
+RATE = 1e-3  # ten times DAST's, which takes far more steps
+BETAS = (0.9, 0.99)
 
 _CONV: Mapping[int, type[nn.Conv2d] | type[nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -77,15 +79,6 @@ def discriminator_term(scores: Tensor, is_target: bool) -> Tensor:
     return (_precise(scores) - float(is_target)).square().mean()
 
 
-def fooling_term(scores: Tensor) -> Tensor:
-    """The mean over voxels of D(f_t)^2, small where target features pass for source-like; a scalar.
-
-    For the segmenter at the target. The caller keeps the discriminator's parameters out of its
-    step; the gradient reaches the features through them. Weight 0.01 in DAST.
-    """
-    return _precise(scores).square().mean()
-
-
 def gradients_of(discriminator: nn.Module, term: Tensor) -> dict[str, Tensor]:
     """Gradient of one site's `term` by the name of the parameter; what that site sends."""
     named = dict(discriminator.named_parameters())
@@ -97,7 +90,8 @@ def site_shares(voxels: Sequence[int], is_target: Sequence[bool]) -> tuple[float
     """What each site's term counts: its voxels over those of its side, n_k / N_side.
 
     A mean over all voxels of a side is the sum of its sites' means with these weights. They do not
-    depend on the other side, so each side counts one in L_D however many voxels it has.
+    depend on the other side, so each side counts one in L_D however many voxels it has. One voxel
+    each weighs all sites of a side the same.
 
     Raises:
         ExchangeError: there is not one flag for each count, or a count is not positive.

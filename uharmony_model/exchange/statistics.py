@@ -1,18 +1,15 @@
-"""Statistics that sites share while they train: what they look like on the wire, up and down.
+"""Statistics that a site shares while it trains: what each looks like on the wire.
 
-    up      amplitude    one tensor (C, 2b+1, 2b+1, 2b+1), the site's style; of no round
-            prototypes   count (J',), mean and variance (J', C'), under the round's weights
-            codes        mean and deviation (C, S) of style codes by channel; of no round
-            values       patients: it is made of so many or more
-    down    amplitude    (S, C, 2b+1, 2b+1, 2b+1), the styles of S sites, without names
-            codes        (N, C, S) twice, of N sites, without names
-            and the prototypes of all sites merged
-            values       styles: S;  prototypes: 1 or 0;  codes: N, where a study learns codes
+    amplitude       one tensor (C, 2b+1, 2b+1, 2b+1), the site's style; of no round
+    codes           mean and deviation (C, S) of style codes by channel; of no round
+    prototypes      count (J',), mean and variance (J', C'), under the round's weights
+    discriminator   the gradient of its term, by parameter, under the round's weights
+    values          patients: it is made of so many or more;  target: 1 or 0, the gradient's side
 
 A site never says of how many patients a statistic is, only the least number it holds itself to:
-the difference to another number that it tells could be of very few. Prototypes are made anew of
-the same places of the same patients in every round; no privacy is claimed for them, nor for a
-style, beyond that no statistic is of fewer patients than that.
+the difference to another number that it tells could be of very few. Those of a round's weights are
+made anew of the same places of the same patients in every round; no privacy is claimed for any of
+them beyond that none is of fewer patients than that. What is handed out is in `combined`.
 """
 
 from __future__ import annotations
@@ -25,6 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from uharmony_model.alignment.class_prototypes import Prototypes, check_prototypes, prototype_schema
+from uharmony_model.alignment.shared_discriminator import (
+    PREFIX,
+    check_discriminator,
+    discriminator_schema,
+)
 from uharmony_model.alignment.style_codes import (
     CENTROIDS,
     SPREAD,
@@ -33,17 +35,8 @@ from uharmony_model.alignment.style_codes import (
     code_schema,
 )
 from uharmony_model.errors import PayloadError
-from uharmony_model.exchange.payload import (
-    Buffer,
-    Kind,
-    Manifest,
-    Value,
-    decode_body,
-    encode,
-    max_payload_bytes,
-    open_payload,
-)
-from uharmony_model.exchange.schema import Schema, TensorSpec, flatten, unflatten
+from uharmony_model.exchange.payload import Value, max_payload_bytes
+from uharmony_model.exchange.schema import Schema
 from uharmony_model.features import deepest_features
 from uharmony_model.inference import evaluating
 from uharmony_model.networks import build_network, patch_multiple
@@ -54,12 +47,13 @@ from uharmony_model.unlabelled.style_average import AMPLITUDE, check_style, styl
 from uharmony_model.unlabelled_settings import Statistic
 
 PROTOTYPE_PATCHES = 4  # of each labelled case in each round, as its training patches lie
-MAX_STYLES = 1024
 LEAST_PATIENTS = 2
 """No study and no policy lets a statistic be of one patient."""
 
-PATIENTS = "patients"
-_STYLES, _PROTOTYPES, _CODES = "styles", "prototypes", "codes"
+ONCE: tuple[Statistic, ...] = ("amplitude", "codes")
+"""Made once, of no round's weights; all others are made for each round."""
+
+PATIENTS, TARGET = "patients", "target"
 
 
 class Said(StrEnum):
@@ -72,26 +66,18 @@ class Said(StrEnum):
     DAMAGED = "damaged"  # what was given before cannot be read, and is not made anew
 
 
-@dataclass(frozen=True, eq=False)
-class Combined:
-    """What all sites gave: `styles` (C, 2b+1, 2b+1, 2b+1) or `codes` each, merged prototypes."""
-
-    styles: tuple[Tensor, ...] = ()
-    prototypes: Prototypes | None = None
-    codes: tuple[StyleCodes, ...] = ()
-
-
 @dataclass(frozen=True)
 class StatisticsForm:
     """What a study's statistics look like; None for what it does not ask for.
 
     `style` is channels and half-width, `prototypes` classes J' and channels of the features,
-    `codes` channels and numbers of a style code.
+    `codes` channels and numbers of a style code, `discriminator` channels of the features.
     """
 
     style: tuple[int, int] | None = None
     prototypes: tuple[int, int] | None = None
     codes: tuple[int, int] | None = None
+    discriminator: int | None = None
 
     @classmethod
     def of(cls, study: Study, network: nn.Module | None = None) -> StatisticsForm:
@@ -101,10 +87,13 @@ class StatisticsForm:
             NetworkError: the network does not say where its deepest level is.
         """
         due, task = study.statistics, study.task
+        of_features = {"prototypes", "discriminator"} & set(due)
+        features = _feature_channels(study, network) if of_features else 0
         return cls(
             (task.channels, half_width(study)) if "amplitude" in due else None,
-            (task.outputs, _feature_channels(study, network)) if "prototypes" in due else None,
+            (task.outputs, features) if "prototypes" in due else None,
             (task.channels, STYLE_NUMBERS) if "codes" in due else None,
+            features if "discriminator" in due else None,
         )
 
     def schema(self, what: Statistic) -> Schema:
@@ -119,6 +108,8 @@ class StatisticsForm:
             return prototype_schema(*self.prototypes)
         if what == "codes" and self.codes is not None:
             return code_schema(*self.codes)
+        if what == "discriminator" and self.discriminator is not None:
+            return discriminator_schema(self.discriminator)
         raise PayloadError(f"the study does not ask for {what}")
 
     def max_bytes(self, what: Statistic) -> int:
@@ -128,23 +119,6 @@ class StatisticsForm:
             PayloadError: the study does not ask for it.
         """
         return max_payload_bytes(self.schema(what))
-
-    def combined_schema(self, styles: int, *, prototypes: bool, codes: int = 0) -> Schema:
-        """The tensors of what is handed out.
-
-        Raises:
-            PayloadError: the study does not ask for it.
-        """
-        specs: tuple[TensorSpec, ...] = ()
-        if styles:
-            (one,) = self.schema("amplitude").tensors
-            specs = (TensorSpec(name=AMPLITUDE, shape=(styles, *one.shape)),)
-        if prototypes:
-            specs += self.schema("prototypes").tensors
-        if codes:
-            rows = self.schema("codes").tensors
-            specs += tuple(TensorSpec(name=one.name, shape=(codes, *one.shape)) for one in rows)
-        return Schema(tensors=tuple(sorted(specs, key=lambda spec: spec.name)))
 
     def style_of(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """A site's style, refused unless it can be one.
@@ -177,6 +151,16 @@ class StatisticsForm:
             raise PayloadError("the study does not ask for codes")
         return check_codes(tensors, *self.codes)
 
+    def discriminator_of(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A gradient or weights of the discriminator by parameter, refused unless they can be.
+
+        Raises:
+            ExchangeError: see `check_discriminator`.
+        """
+        if self.discriminator is None:
+            raise PayloadError("the study does not ask for a discriminator")
+        return check_discriminator(tensors, self.discriminator)
+
 
 def statistic_of(schema: Schema) -> Statistic | None:
     """Which statistic a site's payload holds, by the names of its tensors."""
@@ -185,96 +169,26 @@ def statistic_of(schema: Schema) -> Statistic | None:
         return "amplitude"
     if names == {CENTROIDS, SPREAD}:
         return "codes"
+    if names and all(name.startswith(PREFIX) for name in names):
+        return "discriminator"
     return "prototypes" if names == {s.name for s in prototype_schema(1, 1).tensors} else None
 
 
-def patients_told(values: Mapping[str, Value]) -> int:
+def patients_told(values: Mapping[str, Value], what: Statistic) -> int:
     """Of how many patients a site's statistic is at least.
 
     Raises:
-        PayloadError: that is not said, is no whole number, or more is said.
+        PayloadError: that is not said, is no whole number, or more is said than the statistic has.
     """
-    count = values.get(PATIENTS)
-    if set(values) != {PATIENTS} or type(count) is not int:
+    count, side = values.get(PATIENTS), values.get(TARGET, 0)
+    due = {PATIENTS, TARGET} if what == "discriminator" else {PATIENTS}
+    if set(values) != due or type(count) is not int or type(side) is not int or side not in (0, 1):
         said = ", ".join(sorted(values))
-        raise PayloadError(f"values {ascii(said)[:80]}; expected {PATIENTS}, a whole number")
-    return count
-
-
-def encode_combined(
-    combined: Combined, form: StatisticsForm, *, study: str, round_: int, base: str
-) -> bytes:
-    """What the server hands out with the weights `base` of a round.
-
-    Raises:
-        PayloadError: there are too many styles, or the study asks for no such thing.
-    """
-    styles, prototypes, codes = combined.styles, combined.prototypes, combined.codes
-    count = max(len(styles), len(codes))
-    if count > MAX_STYLES:
-        raise PayloadError(f"{count} styles, at most {MAX_STYLES} are handed out")
-    schema = form.combined_schema(len(styles), prototypes=prototypes is not None, codes=len(codes))
-    tensors = {AMPLITUDE: torch.stack(list(styles))} if styles else {}
-    if codes:
-        states = [one.state() for one in codes]
-        tensors |= {name: torch.stack([s[name] for s in states]) for name in (CENTROIDS, SPREAD)}
-    tensors |= {} if prototypes is None else prototypes.tensors()
-    return encode(
-        kind=Kind.STATISTICS,
-        study=study,
-        round=round_,
-        site="server",
-        base=base,
-        schema=schema,
-        values={
-            _STYLES: len(styles),
-            _PROTOTYPES: int(prototypes is not None),
-            **({} if form.codes is None else {_CODES: len(codes)}),
-        },
-        flat=flatten(tensors, schema),
-    )
-
-
-def open_combined(buffer: Buffer, form: StatisticsForm) -> tuple[Manifest, Combined]:
-    """What the server handed out; every number in it has been looked at.
-
-    Raises:
-        ExchangeError: it is damaged, of another form, or holds what no site can have given.
-    """
-    most = MAX_STYLES if form.style is not None else 0
-    most_codes = MAX_STYLES if form.codes is not None else 0
-    largest = form.combined_schema(most, prototypes=form.prototypes is not None, codes=most_codes)
-    manifest, body, _ = open_payload(buffer, max_bytes=max_payload_bytes(largest))
-    if manifest.kind is not Kind.STATISTICS or manifest.codec != "fp32":
-        raise PayloadError(f"{manifest.kind.value} as {manifest.codec}; expected statistics, fp32")
-    values = manifest.values
-    styles, prototypes = values.get(_STYLES), values.get(_PROTOTYPES)
-    codes = values.get(_CODES, 0)
-    if (
-        set(values) != {_STYLES, _PROTOTYPES} | (set() if form.codes is None else {_CODES})
-        or type(codes) is not int
-        or not 0 <= codes <= most_codes
-        or type(styles) is not int
-        or not 0 <= styles <= most
-        or type(prototypes) is not int
-        or prototypes not in (0, 1)
-    ):
         raise PayloadError(
-            f"{styles!r:.20} styles, {prototypes!r:.20} prototypes and {codes!r:.20} codes; "
-            f"expected 0 to {most}, 0 or 1, 0 to {most_codes}, and no other value"
+            f"values {ascii(said)[:80]}; expected {', '.join(sorted(due))}: a whole number of "
+            "patients, 1 or 0 for a target"
         )
-    schema = form.combined_schema(styles, prototypes=bool(prototypes), codes=codes)
-    tensors = unflatten(decode_body(manifest, body, schema).clone(), schema)
-    stacked = tensors.pop(AMPLITUDE) if styles else ()
-    tables = [tensors.pop(name) for name in (CENTROIDS, SPREAD)] if codes else [(), ()]
-    return manifest, Combined(
-        tuple(form.style_of({AMPLITUDE: style}) for style in stacked),
-        form.prototypes_of(tensors) if prototypes else None,
-        tuple(
-            form.codes_of({CENTROIDS: centre, SPREAD: spread})
-            for centre, spread in zip(*tables, strict=True)
-        ),
-    )
+    return count
 
 
 def _feature_channels(study: Study, network: nn.Module | None) -> int:

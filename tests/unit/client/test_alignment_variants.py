@@ -25,7 +25,7 @@ from uharmony_client.adversary import Adversary
 from uharmony_client.alignment_objective import Alignment
 from uharmony_client.code_styles import SLICES
 from uharmony_client.finale_plan import carried_view, learning_view
-from uharmony_client.learning import Given
+from uharmony_client.learning import Given, objective_of
 from uharmony_client.local_train import RoundResult
 from uharmony_client.objective import LocalData
 from uharmony_client.optimizer import make_optimizer
@@ -317,7 +317,7 @@ def test_the_discriminator_steps_after_the_network_on_the_same_features():
     loss = objective.loss(network, 1, 0, drop=False)
     loss.backward()
     own = objective._adversary
-    assert own is not None
+    assert isinstance(own, Adversary)
     source, target = own._source, own._target
     assert source is not None
     assert target is not None
@@ -350,6 +350,41 @@ def test_a_gap_at_one_place_is_found_and_paid_for_there():
     (gradient,) = torch.autograd.grad(adversary.fooling(target, 1.0), target)
     strength = gradient.square().sum((0, 1, 3, 4)).sqrt()
     assert strength[:2].mean() > 1.5 * strength[4:].mean()
+
+
+def test_in_a_federation_it_is_the_one_that_was_given_and_rests():
+    study, data = variant("discriminator", "glua-fed"), data_of([])
+    weights = {k: v + 0.05 for k, v in FeatureDiscriminator(8, seed=5).state_dict().items()}
+    given = Given(discriminator=weights)
+    network = Place(study).network()
+    objective = objective_of(data, study, given)
+    assert isinstance(objective, Alignment)
+    found = objective.loss(network, 2, 1, drop=False)
+    image = objective.unlabelled(network, 2, 1)[0]
+    with deepest_features(network) as seen:
+        network(image, torch.zeros(len(image), dtype=torch.long))
+    other = FeatureDiscriminator(8)
+    other.load_state_dict(weights)
+    scores = other(seen.features)
+    progress = objective.progress(2, 1)
+    mask = (2 * scores.detach() - 1).clamp(0, 1)
+    term = 0.01 * ((1 + min(progress / 0.1, 1) * mask) * scores**2).mean()
+    wanted = study.unlabelled.weight * math.exp(-5 * (1 - progress) ** 2) * term
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-8)
+    found.backward()
+    assert any(bool(p.grad.any()) for p in network.parameters() if p.grad is not None)
+    objective.moved(network, 2, 1)
+    again = objective_of(data, study, given)
+    assert again is not None
+    assert objective.share == 1
+    assert not [k for k in objective.carried() if "discriminator" in k]
+
+
+def test_before_one_is_given_a_site_without_labels_learns_nothing_and_weighs_nothing():
+    study, data = variant("discriminator", "glua-fed"), data_of([])
+    objective = Alignment(data, study)
+    assert objective.loss(Place(study).network(), 1, 0, drop=False) == 0
+    assert objective.share == 0
 
 
 def test_a_side_alone_teaches_the_discriminator_nothing():

@@ -25,10 +25,11 @@ from uharmony_client.statistics import given_of, statistics_answer, without_own
 from uharmony_model.alignment.style_autoencoder import AutoencoderSettings, build_autoencoder
 from uharmony_model.alignment.style_codes import StyleCodes
 from uharmony_model.errors import ExchangeError
+from uharmony_model.exchange.combined import Combined, encode_combined
 from uharmony_model.exchange.instruction import Instruction
 from uharmony_model.exchange.payload import Kind, decode, encode
 from uharmony_model.exchange.schema import unflatten
-from uharmony_model.exchange.statistics import Combined, StatisticsForm, encode_combined
+from uharmony_model.exchange.statistics import StatisticsForm
 from uharmony_model.initial import initial_weights
 from uharmony_model.networks import autoencoder_of, training_network
 

@@ -16,7 +16,7 @@ from tests.support import few_patients, wire
 from tests.support.bench import bench_of
 from tests.support.few_patients import SIZE, study_of, write_cases
 from tests.support.tiny import tiny_study
-from uharmony_client import statistics as module
+from uharmony_client import statistic_measures as module
 from uharmony_client.approval import require_approved
 from uharmony_client.ledger import Ledger
 from uharmony_client.ledger_check import show
@@ -27,10 +27,11 @@ from uharmony_client.site import Site
 from uharmony_client.statistics import Answer, given_of, statistics_answer
 from uharmony_model.alignment.class_prototypes import Prototypes
 from uharmony_model.errors import ExchangeError, PayloadError, StoreError
+from uharmony_model.exchange.combined import Combined, encode_combined
 from uharmony_model.exchange.instruction import Instruction
 from uharmony_model.exchange.payload import Kind, decode, digest, encode
 from uharmony_model.exchange.schema import Schema, unflatten
-from uharmony_model.exchange.statistics import Combined, StatisticsForm, encode_combined
+from uharmony_model.exchange.statistics import StatisticsForm
 from uharmony_model.features import deepest_features
 from uharmony_model.initial import initial_weights
 from uharmony_model.networks import build_network

@@ -9,18 +9,13 @@ import torch
 from tests.support import wire
 from tests.support.tiny import tiny_study
 from uharmony_model.alignment.class_prototypes import Prototypes
+from uharmony_model.alignment.shared_discriminator import SharedDiscriminator
 from uharmony_model.alignment.style_codes import StyleCodes, code_schema
 from uharmony_model.errors import ExchangeError, PayloadError
+from uharmony_model.exchange.combined import MAX_STYLES, Combined, encode_combined, open_combined
 from uharmony_model.exchange.payload import Kind, encode
 from uharmony_model.exchange.schema import Schema, TensorSpec
-from uharmony_model.exchange.statistics import (
-    MAX_STYLES,
-    Combined,
-    StatisticsForm,
-    encode_combined,
-    open_combined,
-    statistic_of,
-)
+from uharmony_model.exchange.statistics import StatisticsForm, statistic_of
 
 FORM = StatisticsForm(None, (2, 3), (2, 4))  # two channels, codes of four numbers
 
@@ -95,6 +90,32 @@ def test_what_no_site_can_have_given_is_refused(fill):
     assert len(open_combined(raw(one, 1), FORM)[1].codes) == 1
     with pytest.raises(ExchangeError):
         open_combined(raw(one, 1, fill=fill), FORM)
+
+
+def test_a_discriminator_is_handed_out_beside_the_others():
+    form = StatisticsForm(None, (2, 3), (2, 4), 8)
+    weights = SharedDiscriminator.first(8, seed=0).weights
+    for combined in (
+        Combined(discriminator=weights),
+        Combined((), PROTOTYPES, (codes(1.0),), weights),
+        Combined((), PROTOTYPES),
+    ):
+        manifest, found = open_combined(handed_out(combined, form), form)
+        assert set(manifest.values) == {"styles", "prototypes", "codes", "discriminator"}
+        assert (found.prototypes is None) == (combined.prototypes is None)
+        assert len(found.codes) == len(combined.codes)
+        if combined.discriminator is None:
+            assert found.discriminator is None
+        else:
+            assert found.discriminator is not None
+            assert all(torch.equal(found.discriminator[k], v) for k, v in weights.items())
+    with pytest.raises(PayloadError, match="does not ask for discriminator"):
+        handed_out(Combined(discriminator=weights))
+    with pytest.raises(PayloadError, match="discriminator"):
+        open_combined(handed_out(Combined(discriminator=weights), form), FORM)
+    broken = {k: v * float("inf") for k, v in weights.items()}
+    with pytest.raises(ExchangeError):
+        open_combined(handed_out(Combined(discriminator=broken), form), form)
 
 
 def test_a_study_without_codes_hands_out_none_and_says_nothing_of_them():

@@ -11,18 +11,17 @@ from tests.support import wire
 from tests.support.tiny import tiny_study
 from uharmony_model.alignment.class_prototypes import Prototypes
 from uharmony_model.errors import ExchangeError, PayloadError
+from uharmony_model.exchange.combined import (
+    MAX_STYLES,
+    Combined,
+    combined_schema,
+    encode_combined,
+    open_combined,
+)
 from uharmony_model.exchange.instruction import Instruction
 from uharmony_model.exchange.payload import Kind, encode
 from uharmony_model.exchange.schema import Schema, TensorSpec
-from uharmony_model.exchange.statistics import (
-    MAX_STYLES,
-    Combined,
-    StatisticsForm,
-    encode_combined,
-    open_combined,
-    patients_told,
-    statistic_of,
-)
+from uharmony_model.exchange.statistics import StatisticsForm, patients_told, statistic_of
 
 FORM = StatisticsForm((1, 1), (2, 3))
 STYLES = (torch.full((1, 3, 3, 3), 0.25), torch.full((1, 3, 3, 3), 0.5))
@@ -174,13 +173,36 @@ def test_a_statistic_is_known_by_its_tensors():
     assert statistic_of(FORM.schema("amplitude")) == "amplitude"
     assert statistic_of(FORM.schema("prototypes")) == "prototypes"
     assert statistic_of(Schema.of({"weight": torch.zeros(1)})) is None
-    assert statistic_of(FORM.combined_schema(1, prototypes=True)) is None
+    assert statistic_of(combined_schema(FORM, 1, prototypes=True)) is None
+    assert statistic_of(Schema(tensors=())) is None
+    with_gradient = StatisticsForm(discriminator=8)
+    assert statistic_of(with_gradient.schema("discriminator")) == "discriminator"
 
 
 @pytest.mark.parametrize(
     "values", [{}, {"patients": None}, {"patients": 11.0}, {"patients": 11, "loss": 0.5}]
 )
 def test_nothing_but_a_number_of_patients_is_said(values):
-    assert patients_told({"patients": 11}) == 11
+    assert patients_told({"patients": 11}, "amplitude") == 11
     with pytest.raises(PayloadError, match="patients"):
-        patients_told(values)
+        patients_told(values, "amplitude")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"patients": 11},
+        {"patients": 11, "target": 2},
+        {"patients": 11, "target": 1.0},
+        {"patients": 11, "target": None},
+        {"patients": 11, "target": 1, "loss": 0.5},
+        {"target": 1},
+    ],
+)
+def test_a_gradient_says_its_side_too(values):
+    assert patients_told({"patients": 11, "target": 1}, "discriminator") == 11
+    assert patients_told({"patients": 11, "target": 0}, "discriminator") == 11
+    with pytest.raises(PayloadError, match="target"):
+        patients_told(values, "discriminator")
+    with pytest.raises(PayloadError):
+        patients_told({"patients": 11, "target": 1}, "prototypes")

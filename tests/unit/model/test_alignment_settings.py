@@ -28,6 +28,10 @@ CODES = {"style": "codes"}
         ("glua-fed", {"align": "off", "amplitude": "off"}, ()),
         ("glua-fed", {**CODES, "amplitude": "off"}, ("prototypes",)),
         ("uharmony", {"rule": "glua", **CODES}, ("codes", "prototypes")),
+        ("glua-fed", {"align": "discriminator"}, ("amplitude", "discriminator")),
+        ("uharmony", {"rule": "glua", "align": "discriminator"}, ("amplitude", "discriminator")),
+        ("glua", {"align": "discriminator"}, ()),
+        ("local", {"rule": "glua", "align": "discriminator"}, ()),
         ("ust-run-fed", CODES, ("amplitude",)),  # it has no codes
         ("ust-run-fed", {"align": "off"}, ("amplitude",)),
         ("glua", CODES, ()),  # all cases lie in one place
@@ -76,17 +80,6 @@ def test_it_learns_in_a_quarter_of_the_rounds(rounds, wanted):
 @pytest.mark.parametrize(
     ("method", "changes", "message"),
     [
-        ("glua-fed", {"unlabelled": {"align": "discriminator"}}, "summed over sites"),
-        (
-            "uharmony",
-            {"unlabelled": {"rule": "glua", "align": "discriminator"}},
-            "align: prototypes, or the arm glua",
-        ),
-        (
-            "glua-fed",
-            {"unlabelled": {"align": "discriminator"}, "training": {"local_steps": 1}},
-            "averaged over rounds by cases",
-        ),
         ("glua", {"unlabelled": {**CODES, "style_rounds": 3}}, "3 of 3 rounds"),
         ("glua", {"unlabelled": CODES, "training": {"rounds": 1}}, "1 of 1 rounds"),
         ("glua-fed", {"unlabelled": CODES, "federation": {"momentum": 0.5}}, "came to rest"),
@@ -132,6 +125,14 @@ def test_an_autoencoder_leaves_only_where_the_policy_names_it():
     assert line == "method glua-fed shares style_autoencoder, policy.share does not allow it"
     assert differences(Policy(share=SHAREABLE), study) == []
     assert differences(Policy(), tiny_study(method="glua-fed")) == []
+
+
+def test_a_gradient_is_shown_in_words():
+    study = tiny_study(method="glua-fed", unlabelled={"amplitude": "off", "align": "discriminator"})
+    denied = "no discriminator, policy.statistics does not name it"
+    assert statistics_view(Policy(), study) == denied
+    given = statistics_view(Policy(statistics=("discriminator",), min_cases=12), study)
+    assert given.startswith("a gradient over 12 training patients or more ")
 
 
 def test_codes_are_shown_in_words():

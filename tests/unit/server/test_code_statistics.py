@@ -10,11 +10,13 @@ from tests.support import wire
 from tests.support.fake_sites import SCHEMA
 from tests.support.tiny import tiny_study
 from uharmony_model.alignment.style_codes import StyleCodes
+from uharmony_model.exchange.combined import open_combined
 from uharmony_model.exchange.payload import Kind, encode
 from uharmony_model.exchange.schema import flatten
-from uharmony_model.exchange.statistics import Said, StatisticsForm, open_combined
+from uharmony_model.exchange.statistics import Said, StatisticsForm
 from uharmony_server.admission import Expected, RefusalReason
-from uharmony_server.statistics import Answer, Gathered, Gathering, SaidBySite, packed, unpacked
+from uharmony_server.gathered import Gathered, SaidBySite, packed, unpacked
+from uharmony_server.statistics import Answer, Gathering
 
 STUDY = tiny_study(
     method="glua-fed",

@@ -13,12 +13,14 @@ from tests.support.fake_sites import SCHEMA
 from tests.support.tiny import tiny_study
 from uharmony_model.alignment.class_prototypes import Prototypes
 from uharmony_model.errors import StoreError
+from uharmony_model.exchange.combined import open_combined
 from uharmony_model.exchange.payload import Kind, encode
 from uharmony_model.exchange.schema import flatten
-from uharmony_model.exchange.statistics import Said, StatisticsForm, open_combined
+from uharmony_model.exchange.statistics import Said, StatisticsForm
 from uharmony_server.admission import Expected, RefusalReason
 from uharmony_server.checkpoint import Checkpoint, load_latest, save
-from uharmony_server.statistics import Answer, Gathered, Gathering, packed, unpacked
+from uharmony_server.gathered import Gathered, packed, unpacked
+from uharmony_server.statistics import Answer, Gathering
 
 STUDY = tiny_study(method="glua-fed", unlabelled={"min_patients": 3})
 FORM = StatisticsForm.of(STUDY)  # styles (1, 3, 3, 3); 2 classes of 8 features
