@@ -27,7 +27,13 @@ from benchmarks import leakage_attacks as attacks
 from benchmarks import leakage_data as data
 from benchmarks.leakage_attacks import Floats
 from benchmarks.leakage_report import Row, markdown, picture
-from benchmarks.leakage_statistics import Statistic, amplitude_of, codes_of, prototypes_of
+from benchmarks.leakage_statistics import (
+    Statistic,
+    amplitude_of,
+    codes_of,
+    gradients_of,
+    prototypes_of,
+)
 from uharmony_model.atomic import make_directory, write_atomic
 from uharmony_model.errors import ConfigError
 from uharmony_model.randomness import numpy_generator
@@ -38,8 +44,8 @@ RELEASES = 100  # random ones for each number of patients, for membership
 STARTS = 3
 NEAR, SMOOTH = 1.0, 1.0
 TRAINING_STEPS = 60
-STEPS = {"amplitude": 60, "prototypes": 40, "codes": 40}
-GRADIENT_RELEASES = {"amplitude": TARGETS, "prototypes": 8, "codes": 8}
+STEPS = {"amplitude": 60, "prototypes": 40, "codes": 40, "discriminator": 40}
+GRADIENT_RELEASES = {"amplitude": TARGETS, "prototypes": 8, "codes": 8, "discriminator": 4}
 KNOWN = ("likelihood ratio, patches known", "likelihood ratio, images known")
 BASELINES = ("another patient", "average patient", "constant")
 
@@ -75,6 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             amplitude_of(town),
             prototypes_of(town, network),
             codes_of(town, autoencoder),
+            gradients_of(town, network),
         ):
             result, shown = _attacked(statistic, town, counts, options.seed)
             found[statistic.name] = result

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from uharmony_model.unlabelled_settings import STATISTICS
 from uharmony_simulation.plot_style import SMALL, draw, figure_of
 
 _RANGE = (-2.5, 2.5)  # of z-scored intensities, black to white
@@ -26,7 +27,7 @@ class Row:
 def markdown(found: Mapping[str, Any]) -> str:
     """Three tables for each statistic, and whose data they are of."""
     parts = []
-    for name in ("amplitude", "prototypes", "codes"):
+    for name in (name for name in STATISTICS if name in found):
         result = found[name]
         parts.append(f"## {name.capitalize()} ({result['numbers']} numbers)\n")
         parts.append(_reconstruction(result["reconstruction"]))

@@ -1,4 +1,4 @@
-"""The three statistics that sites share, as `benchmarks.leakage` attacks them."""
+"""The statistics that sites share, as `benchmarks.leakage` attacks them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,16 @@ from torch import Tensor
 from benchmarks import leakage_data as data
 from benchmarks.leakage_attacks import Floats, Misfit
 from uharmony_model.alignment.code_style import patch_codes, site_codes
+from uharmony_model.alignment.discriminator import FeatureDiscriminator, discriminator_term
 from uharmony_model.alignment.style_autoencoder import StyleAutoencoder, middle_slices
+from uharmony_model.exchange.statistics import PROTOTYPE_PATCHES
 from uharmony_model.randomness import numpy_generator
 from uharmony_model.segmentation_network import SegmentationNetwork
 from uharmony_model.unlabelled.amplitude import low_amplitude
 from uharmony_model.unlabelled.study_style import half_width, style_axis, style_floor
+
+SKETCH = 512
+"""Numbers that the attacks see of a gradient of 277 thousand; a covariance of all would not fit."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,4 +153,58 @@ def codes_of(town: data.Town, autoencoder: StyleAutoencoder) -> Statistic:
         release,
         lambda row: row[..., :numbers],
         misfit,
+    )
+
+
+def gradients_of(town: data.Town, network: SegmentationNetwork) -> Statistic:
+    """The gradient of the discriminator that a site without labels sends in the first round.
+
+    Of it the attacks see a count sketch: each number with a random sign in one of `SKETCH` sums, by
+    which lengths and angles stay about what they are.
+    """
+    channels = data.features(network, town.sharing[0].style[:1]).shape[1]
+    discriminator = FeatureDiscriminator(channels, seed=town.study.seed)
+    parameters = list(discriminator.parameters())
+    draw = numpy_generator(town.study.seed, "sketch")
+    numbers = sum(parameter.numel() for parameter in parameters)
+    signs = torch.from_numpy(draw.choice([-1.0, 1.0], numbers)).float()
+    places = torch.from_numpy(draw.integers(SKETCH, size=numbers))
+
+    def gradient(seen: Tensor, *, graph: bool = False) -> Tensor:
+        with (
+            torch.enable_grad()
+        ):  # where only the value is asked for, it is a gradient all the same
+            term = discriminator_term(discriminator(seen), is_target=True)
+            found = torch.autograd.grad(term, parameters, create_graph=graph)
+        return torch.cat([tensor.flatten() for tensor in found])
+
+    def sketched(row: Tensor) -> Tensor:
+        return torch.zeros(SKETCH, dtype=row.dtype).index_add(0, places, signs.to(row) * row)
+
+    def whole(patient: data.Patient) -> Tensor:
+        with torch.no_grad():
+            seen = data.features(network, patient.style[:PROTOTYPE_PATCHES])
+        return gradient(seen)
+
+    every = [[whole(patient) for patient in patients] for patients in _groups(town)]
+    rows, own, rows_again, own_again = (
+        torch.stack([sketched(one.double()) for one in found]).numpy() for found in every
+    )
+    scale = torch.from_numpy(own.std(0, ddof=1)).float()
+
+    def misfit(wanted: Tensor) -> Misfit:
+        def of(image: Tensor) -> Tensor:
+            seen = data.features(network, image)
+            graph = seen.requires_grad
+            found = torch.stack([sketched(gradient(one[None], graph=graph)) for one in seen])
+            return ((found - wanted) / scale).square().mean(1)
+
+        return of
+
+    def release(chosen: Sequence[int]) -> Floats:
+        mean = torch.stack([every[0][i].double() for i in chosen]).mean(0).float()
+        return np.asarray(sketched(mean.double()).numpy())
+
+    return Statistic(
+        "discriminator", rows, own, rows_again, own_again, release, lambda row: row, misfit
     )

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from benchmarks import leakage
+from uharmony_model.unlabelled_settings import STATISTICS
 
 pytestmark = [pytest.mark.data, pytest.mark.slow]
 
@@ -14,8 +15,8 @@ pytestmark = [pytest.mark.data, pytest.mark.slow]
 def test_all_that_is_written_names_no_case_and_finds_who_is_alone(
     real_volumes, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(leakage, "STEPS", {"amplitude": 2, "prototypes": 1, "codes": 1})
-    least = {"amplitude": 2, "prototypes": 1, "codes": 1}
+    least = dict.fromkeys(STATISTICS, 1) | {"amplitude": 2}
+    monkeypatch.setattr(leakage, "STEPS", least)
     monkeypatch.setattr(leakage, "GRADIENT_RELEASES", least)
     monkeypatch.setattr(leakage, "TRAINING_STEPS", 1)
     monkeypatch.setattr(leakage, "RELEASES", 10)
@@ -26,7 +27,7 @@ def test_all_that_is_written_names_no_case_and_finds_who_is_alone(
     assert not any("hippocampus_" in text for text in texts)  # how the cases are called
     assert capsys.readouterr().out.strip() == texts[1].strip()
     found = json.loads(texts[0])
-    for statistic in ("amplitude", "prototypes", "codes"):
+    for statistic in STATISTICS:
         member = found[statistic]["membership"]["1"]
         assert member["likelihood ratio, patches known"]["value"] == 1.0
         assert member["distance, patches known"]["value"] == 1.0
