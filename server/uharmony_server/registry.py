@@ -229,7 +229,7 @@ class Registry:
             if site == new.site and old.revoked_at is not None and shared not in ([], ["ledger"]):
                 raise ExchangeError(
                     f"the {shared[0]} key of site {site} was revoked; "
-                    "move its identity folder away and join with new keys"
+                    "let the site `leave`, which takes its keys away, and join with a new code"
                 )
 
     def _find(self, token: str) -> Invite | None:
