@@ -17,6 +17,7 @@ from rich.table import Table
 
 from benchmarks.rows import Row
 from uharmony_model.allocator import keep_freed_pages
+from uharmony_model.errors import UHarmonyError
 
 PARTS = (
     "layer",
@@ -34,7 +35,11 @@ COMMANDS = ("hostile", "fuzz", "leakage", "compare")
 def main() -> int:
     """0 when every goal is met, 1 when one is missed."""
     if sys.argv[1:2] and sys.argv[1] in COMMANDS:
-        found: int = importlib.import_module(f"benchmarks.{sys.argv[1]}").main(sys.argv[2:])
+        try:
+            found: int = importlib.import_module(f"benchmarks.{sys.argv[1]}").main(sys.argv[2:])
+        except UHarmonyError as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            return error.exit_code
         return found
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("parts", nargs="*", choices=[[], *PARTS], help="all when left out")
