@@ -9,10 +9,11 @@
     L      = L_sup(x_l) + lambda (L(x_ul) + L(x_lu) + lambda L(s_u, y_w))
 
 The hardest unlabelled patch of the step before is one more sample of x_ul: with its label of then,
-and a labelled patch in the box around both foregrounds. After Ma et al. 2024 (arXiv:2404.08951)
-and 2025 (arXiv:2505.24567), as published. Ours: the 3D form; styles that other sites gave in place
-of the batch's own, and L_sup on x'_l at a site that has nothing to paste into; at a site without
-labels the reliable queue is what is pasted, and while it is empty nothing is learned: what a
+and one of the pasted patches in the box around both foregrounds. After Ma et al. 2024
+(arXiv:2404.08951) and 2025 (arXiv:2505.24567), as published. Ours: the 3D form; styles that other
+sites gave in place of the batch's own, and L_sup on x'_l at a site that has nothing to paste into;
+that what is pasted beside the hardest may come from the queue (published: a labelled one alone); at
+a site without labels the queue is what is pasted, and while it is empty nothing is learned: what a
 teacher is sure of then is background.
 """
 
@@ -42,6 +43,7 @@ from uharmony_model.unlabelled.teacher import ramp_up
 HARDEST = "hardest/"
 QUEUED_DOMAINS = "queue/domains"  # one for each entry: the queue itself knows of none
 DRAWN_FROM = "drawn-from"  # SHA-256 of the cases
+AGE = "teacher-steps"
 # The source forces hardness to 1 in the first 500 of 30,000 steps.
 UNTRUSTED = 500 / 30_000
 
@@ -95,6 +97,7 @@ class UstRun(WithTeacher):
         self._queue: ReliableQueue | None = None
         self._queued_domains = torch.empty(0, dtype=torch.int64)
         self._hardest: _Sample | None = None  # on the CPU
+        self._age = 0  # steps that the teacher has followed here
 
     # --- labelled ------------------------------------------------------------------------------
 
@@ -232,7 +235,7 @@ class UstRun(WithTeacher):
         with torch.no_grad():
             masks = to_masks(network(image, domain), task)
         hard = hardness(masks, direct.masks(task)).cpu()
-        if self.progress(round_, step) < UNTRUSTED:
+        if self._age < self._apprenticeship:
             hard = torch.ones_like(hard)
         if settings.hardest:
             worst = int(hard.argmax())
@@ -245,6 +248,23 @@ class UstRun(WithTeacher):
             self._queue = held.offer(image.cpu(), values, hard, together=True)
             domains = torch.cat((self._queued_domains, domain.cpu()[entering]))
             self._queued_domains = domains[-held.capacity :]
+
+    @property
+    def _apprenticeship(self) -> float:
+        """Steps at this site before anything is reliable: before, teacher and student are alike.
+
+        Ours: counted here and not in the study, for a site that begins late; and a whole round at
+        least where there are no labels. Such a site learns nothing while its queue is empty, so
+        that in its first round they agree on whatever the weights it was given say.
+        """
+        training = self.study.training
+        published = UNTRUSTED * training.rounds * training.local_steps
+        return published if self.data.volumes else max(published, training.local_steps)
+
+    def moved(self, network: nn.Module, round_: int, step: int) -> None:
+        """Let the teacher follow, and grow older."""
+        super().moved(network, round_, step)
+        self._age += 1
 
     def _reliable(self) -> ReliableQueue:
         if self._queue is None:
@@ -260,7 +280,7 @@ class UstRun(WithTeacher):
 
     def carried(self) -> Carried:
         """Teacher, queue, and the hardest patch: patients' images, so they stay in the store."""
-        found = dict(super().carried())
+        found = {**super().carried(), AGE: torch.tensor([self._age])}
         if self._queue is not None:
             found |= {**self._queue.tensors(), QUEUED_DOMAINS: self._queued_domains}
         if self._hardest is not None:
@@ -276,6 +296,7 @@ class UstRun(WithTeacher):
             StoreError: the queue is damaged.
         """
         super().restore(carried)
+        self._age = int(carried[AGE]) if AGE in carried else 0
         self._queue, self._hardest = None, None
         self._queued_domains = torch.empty(0, dtype=torch.int64)
         if not torch.equal(carried.get(DRAWN_FROM, torch.empty(0)), self._drawn_from()):

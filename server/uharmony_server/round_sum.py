@@ -21,7 +21,7 @@ class RoundSum:
     """`base + sum_k w_k delta_k / sum_k w_k` over the updates that are taken, in their order.
 
     With `n_k` the number of cases, or 1 (`by_cases`), and sums over sites with labels (L) and
-    without (U):
+    without (U), of those that were taught something:
 
         w_k = n_k                                          with labels
         w_k = n_k taught_k min(1, sum_L n / sum_U n)       without; alone in a round, n_k taught_k
@@ -111,5 +111,6 @@ class RoundSum:
             weights = [u.taught * n for u, n in zip(updates, cases, strict=True)]
             total = self._sums.setdefault(kind, WeightedSum(self._numel))
             total.add([update.flat for update in updates], weights)
-            self._counts[kind] += sum(cases)
+            # Who was taught nothing takes no weight from those of its kind that were.
+            self._counts[kind] += sum(n for n, w in zip(cases, weights, strict=True) if w)
         self._group.clear()

@@ -312,6 +312,7 @@ def test_queue_and_hardest_are_what_student_and_teacher_say_of_fresh_patches():
     study = study_of("ust-run", "uharmony", unlabelled={"queue_size": 3})
     network, teacher = network_of(study, 0.0), network_of(study, 0.4)
     objective = UstRun(data_of(domains=2), study)
+    objective.restore({"teacher-steps": torch.tensor([9])})
     objective.teacher(teacher)
     images: list[Tensor] = []
     domains: list[int] = []
@@ -342,9 +343,34 @@ def test_at_the_beginning_nothing_is_trusted():
     study = study_of("ust-run", training={"rounds": 3, "local_steps": 100})
     network = network_of(study, 0.0)
     objective = UstRun(data_of(), study)  # the teacher is the student: hardness would be 0
-    for step, entries in ((4, 0), (5, 2)):  # 500 / 30 000 of 300 steps is step 5
+    for step in range(6):  # 500 / 30 000 of 300 steps is step 5
         objective.loss(network, 1, step, drop=False)
-        assert len(objective.carried()["queue/images"]) == entries
+        assert len(objective.carried()["queue/images"]) == (2 if step == 5 else 0)
+        objective.moved(network, 1, step)
+
+
+def test_who_begins_late_begins_at_the_beginning():
+    study = study_of("ust-run", training={"rounds": 3, "local_steps": 100})
+    network, objective = network_of(study, 0.0), UstRun(data_of(), study)
+    for step in range(6):
+        objective.loss(network, 3, step, drop=False)
+        assert len(objective.carried()["queue/images"]) == (2 if step == 5 else 0)
+        objective.moved(network, 3, step)
+        again = UstRun(data_of(), study)  # as after a kill
+        again.restore(objective.carried())
+        objective = again
+
+
+@pytest.mark.parametrize(("labels", "entries"), [(None, True), ([], False)])
+def test_without_labels_nothing_of_the_first_round_is_trusted(labels, entries):
+    """Such a site learns nothing in it, so that student and teacher agree on anything."""
+    study = study_of("ust-run", training={"rounds": 4, "local_steps": 3})
+    place = Place(study)
+    first = place.round(data_of(labels), 1)
+    held = first.local.get("unlabelled/queue/images")
+    assert (held is not None and len(held) > 0) is entries
+    second = place.round(data_of(labels), 2, before=first.local)
+    assert len(second.local["unlabelled/queue/images"]) > 0
 
 
 @pytest.mark.parametrize(

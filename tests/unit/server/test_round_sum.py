@@ -91,6 +91,10 @@ KINDS: dict[str, tuple[dict[str, int], dict[str, float | None]]] = {
     "two with": ({"a": 2, "b": 9, "c": 3}, {"a": None, "b": 0.25, "c": None}),
     "nobody with": ({"a": 2, "b": 5}, {"a": 0.5, "b": 0.25}),
     "nothing taught those without": ({"a": 2, "b": 5}, {"a": None, "b": 0.0}),
+    "one without was taught nothing": (
+        {"a": 2, "b": 3, "c": 9},
+        {"a": None, "b": 0.5, "c": 0.0},
+    ),
 }
 
 
@@ -105,8 +109,8 @@ def test_sites_without_labels_weigh_together_no_more_than_those_with(kind, by_ca
         total.take(site, update(site, cases=cases[site], **said))
     weighed = {site: (n if by_cases else 1) for site, n in cases.items()}
     labelled = sum(n for site, n in weighed.items() if taught[site] is None)
-    others = sum(n for site, n in weighed.items() if taught[site] is not None)
-    at_most = min(1.0, labelled / others) if labelled else 1.0
+    others = sum(n for site, n in weighed.items() if taught[site])  # of more than nothing
+    at_most = min(1.0, labelled / others) if labelled and others else 1.0
     factors = {site: 1.0 if share is None else share * at_most for site, share in taught.items()}
     weights = {site: n * factors[site] for site, n in weighed.items()}
     if labelled:
