@@ -21,7 +21,7 @@ from uharmony_model.unlabelled.amplitude import low_amplitude
 from uharmony_model.unlabelled.study_style import half_width, style_axis, style_floor
 
 SKETCH = 512
-"""Numbers that the attacks see of a gradient of 277 thousand; a covariance of all would not fit."""
+"""Numbers that the attacks see of a gradient of 277,441; a covariance of all would not fit."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -93,9 +93,28 @@ class Study(Frozen):
             raise ValueError(
                 f"{self.method} does not say where its deepest level is, as glua needs"
             )
-        if self.rule == "adabn" and Part.NORM_STATISTICS not in self.parts:
-            raise ValueError("adabn adapts running statistics; use norm: batch, or the arm adabn")
+        statistics = Part.NORM_STATISTICS
+        if self.rule == "adabn" and not (statistics in self.parts and self._keeps(statistics)):
+            raise ValueError(
+                "adabn adapts running statistics that stay at each site; use the arm adabn, or "
+                "norm: batch and a method that keeps them (fedbn, silobn)"
+            )
         return self
+
+    @model_validator(mode="after")
+    def _unlabelled_cases_can_teach(self) -> Study:
+        shared = self.plan.local != EVERYTHING
+        queued = self.unlabelled.copy_paste and self.unlabelled.queue
+        if self.rule == "ust-run" and shared and self.task.overlapping and queued:
+            raise ValueError(
+                "unlabelled.queue: patches of overlapping classes are not queued, and a site "
+                "without labels would have nothing to paste and learn nothing; set it to false, "
+                "or make the classes exclusive"
+            )
+        return self
+
+    def _keeps(self, part: Part) -> bool:
+        return self.plan.local == EVERYTHING or part in self.plan.local
 
     @model_validator(mode="after")
     def _alignment_can_be_followed(self) -> Study:
@@ -203,6 +222,11 @@ class Study(Frozen):
         if self.rule == "glua" and settings.align != "off":
             found += (settings.align,)
         return found
+
+    @property
+    def warm_up(self) -> int:
+        """The first rounds, in which only sites with labels count; never the last one too."""
+        return min(self.unlabelled.warm_up, self.training.rounds - 1)
 
     @property
     def learns_styles(self) -> bool:

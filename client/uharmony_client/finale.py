@@ -194,7 +194,9 @@ def _half_way(first: State, second: State) -> State:
 
 
 def _validation(model: Candidate, site: Site, shared: Mapping[str, Tensor]) -> dict[str, float]:
-    """Dice of every validation case, the mean over its classes."""
+    """Dice of every validation case whose label may be used, the mean over its classes."""
     model.network.load_state_dict(model.state)
     network = predictor(site, model.network, model.state, shared)
-    return dice_by_case(evaluate_split(network, site, "validation", round_=0, slow=False))
+    found = dice_by_case(evaluate_split(network, site, "validation", round_=0, slow=False))
+    may = {c.case for c in site.split("validation") if site.labels.get(c.site, "all") != "none"}
+    return {case: dice for case, dice in found.items() if case in may}

@@ -83,7 +83,7 @@ def learning_view(study: Study, *, labelled: bool = True) -> str:
             return "labels alone; this site trains on none: it receives the model, nothing more"
         return f"labels alone, and this site trains on none; {NOTHING_TO_LEARN_FROM}"
     own = "cases with and without a label" if labelled else "cases without a label"
-    late, learned = study.unlabelled.warm_up, study.style_rounds
+    late, learned = study.warm_up, study.style_rounds
     wait = f"; in {_first(late)} only sites with labels count" if late else ""
     if learned:
         wait = f"; in {_first(learned)} every site trains a style autoencoder, and counts" + (

@@ -21,6 +21,7 @@ from flwr.clientapp import ClientApp
 
 from uharmony_client.alone import alone_candidate
 from uharmony_client.approval import approved_order
+from uharmony_client.asked import require_unchanged
 from uharmony_client.evaluate import summarise
 from uharmony_client.failures import no_room, speakable
 from uharmony_client.learning import cases_learned_from
@@ -161,6 +162,7 @@ def _train(
 ) -> RecordDict:
     """The site's round, with what sites gave before it; and what this one gives, if it is asked."""
     bench = _bench(desk, site, order, message)
+    require_unchanged(site, order)
     form = desk.form(site, bench)
     given = given_of(_statistics_of(message), order, site.study, form)
     given = without_own(given, site, form)
@@ -180,6 +182,7 @@ def _evaluate(
 ) -> RecordDict:
     """The global weights with the site's own parameters, measured on the splits asked for."""
     bench = _bench(desk, site, order, message)
+    require_unchanged(site, order)
     rows = measure(site, bench, order.round, order.splits, slow=order.final)
     if order.final and out.ledger is not None:
         keep_federated_model(site, bench.shared, order.round)

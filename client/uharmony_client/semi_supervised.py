@@ -57,10 +57,10 @@ class SemiSupervised:
 
     @property
     def share(self) -> float:
-        """The mean share of voxels that taught something; 0 in the first `warm_up` rounds."""
+        """The mean share of voxels that taught something; 0 in the warm-up."""
         if self.data.volumes:
             return 1.0
-        if self._round <= self.settings.warm_up or not self._shares:
+        if self._round <= self.study.warm_up or not self._shares:
             return 0.0
         return float(np.mean(self._shares))
 

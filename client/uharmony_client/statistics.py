@@ -80,9 +80,16 @@ def given_of(
 def without_own(given: Given, site: Site, form: StatisticsForm) -> Given:
     """The same without the style that this site gave itself: it teaches nothing here.
 
-    Raises:
-        StoreError: what it gave is damaged.
+    Where what it gave cannot be read any more its own style stays among them.
     """
+    try:
+        return _without_own(given, site, form)
+    except StoreError as error:
+        log.warning("the site's own style is not left out: %s", error)
+        return given
+
+
+def _without_own(given: Given, site: Site, form: StatisticsForm) -> Given:
     if given.styles and (own := _released("amplitude", site, form)) is not None:
         style = own[AMPLITUDE]
         return replace(given, styles=tuple(s for s in given.styles if not torch.equal(s, style)))

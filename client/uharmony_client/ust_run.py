@@ -264,7 +264,7 @@ class UstRun(WithTeacher):
     def moved(self, network: nn.Module, round_: int, step: int) -> None:
         """Let the teacher follow, and grow older."""
         super().moved(network, round_, step)
-        self._age += 1
+        self._age += 1 if self.data.unlabelled else 0
 
     def _reliable(self) -> ReliableQueue:
         if self._queue is None:
@@ -280,7 +280,9 @@ class UstRun(WithTeacher):
 
     def carried(self) -> Carried:
         """Teacher, queue, and the hardest patch: patients' images, so they stay in the store."""
-        found = {**super().carried(), AGE: torch.tensor([self._age])}
+        found = dict(super().carried())
+        if self._age:
+            found[AGE] = torch.tensor([self._age])
         if self._queue is not None:
             found |= {**self._queue.tensors(), QUEUED_DOMAINS: self._queued_domains}
         if self._hardest is not None:

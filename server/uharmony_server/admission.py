@@ -42,6 +42,7 @@ from uharmony_model.prototypes import noise_deviation
 
 CASES = "cases"  # the manifest value with the number of training cases
 STARTED_FROM = "started_from"  # the round whose outcome the site's own parameters come from
+LEAST_TAUGHT = 1e-6
 TAUGHT = "taught"  # a factor of the weight in [0, 1]: how much taught it something, and may by now
 EQUAL = "equal"  # in place of the number of cases, where a site does not tell how many it has
 _BLOCK = 1 << 16
@@ -190,7 +191,8 @@ def admit(buffer: object, expected: Expected) -> Admitted | Refusal:
         norm,
         _size(buffer),
         started,
-        taught=float(taught),
+        # Less would be lost in the sum, or divide by next to nothing where nobody has more.
+        taught=float(taught) if taught >= LEAST_TAUGHT else 0.0,
         labelled=TAUGHT not in manifest.values,
     )
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from uharmony_model.alignment.class_prototypes import COUNT, MEAN, VARIANCE, Prototypes, merged
+from uharmony_model.alignment.class_prototypes import MEAN, PRESENT, VARIANCE, Prototypes, merged
 from uharmony_model.alignment.code_style import codes_around
 from uharmony_model.alignment.shared_discriminator import SharedDiscriminator, SideGradient
 from uharmony_model.alignment.style_codes import CENTROIDS, SPREAD, StyleCodes
@@ -133,7 +133,7 @@ def _prototypes(named: Mapping[str, Tensor], place: str) -> Prototypes:
     return Prototypes(
         mean=named[f"{place}/{MEAN}"],
         variance=named[f"{place}/{VARIANCE}"],
-        voxels=named[f"{place}/{COUNT}"],
+        voxels=named[f"{place}/{PRESENT}"],
     )
 
 

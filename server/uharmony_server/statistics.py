@@ -12,7 +12,6 @@ asked with the same.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -29,7 +28,6 @@ from uharmony_model.exchange.payload import Kind
 from uharmony_model.exchange.schema import unflatten
 from uharmony_model.exchange.statistics import (
     ONCE,
-    PROTOTYPE_PATCHES,
     TARGET,
     Said,
     StatisticsForm,
@@ -100,8 +98,6 @@ class Gathering:
             detail = "what it says of its statistics cannot be read"
             return held, [expected.refuse(RefusalReason.DAMAGED, detail)]
         site, refusals = expected.site, []
-        if any(said.get(what, Said.GIVEN) is not Said.GIVEN for what in ONCE):
-            self._declined.add(site)
         held = replace(held, said={**held.said, site: {**held.said.get(site, {}), **said}})
         for what, payload in sorted(answer.payloads.items()):
             if what not in self._due:
@@ -111,15 +107,8 @@ class Gathering:
             verdict = self._admit(payload, expected, what)
             if isinstance(verdict, Refusal):
                 refusals.append(verdict)
-                # Made once, a style would come again as it is.
-                self._declined |= {site} if what in ONCE else set()
             elif isinstance(verdict, Prototypes):
-                grown = replace(held, prototypes={**held.prototypes, site: verdict})
-                flaw = self._flaw_together(grown)
-                if flaw is None:
-                    held = grown
-                else:
-                    refusals.append(expected.refuse(RefusalReason.WRONG_SCHEMA, flaw))
+                held = replace(held, prototypes={**held.prototypes, site: verdict})
             elif isinstance(verdict, StyleCodes):
                 held = replace(held, codes={**held.codes, site: verdict})
             elif isinstance(verdict, SideGradient):
@@ -129,7 +118,13 @@ class Gathering:
         return held, refusals
 
     def closed(self, held: Gathered) -> Gathered:
-        """At the end of a round: the discriminator takes its step, and no gradient is kept."""
+        """At the end of a round that counts: the discriminator takes its step; no gradient is kept.
+
+        Who was asked for a style and is not among those that gave one is not asked again: it would
+        say the same, or its style, made once, would be refused as it was.
+        """
+        asked = {site for site, said in held.said.items() if any(what in ONCE for what in said)}
+        self._declined |= asked - held.styles.keys() - held.codes.keys()
         if self._form.discriminator is None:
             return held
         before = held.discriminator
@@ -138,16 +133,6 @@ class Gathering:
         # In the order of the sites' names, so that the sum is the same to the bit.
         after = before.stepped([held.gradients[site] for site in sorted(held.gradients)])
         return replace(held, gradients={}, discriminator=after if after.steps else None)
-
-    def _flaw_together(self, held: Gathered) -> str | None:
-        """What the sites would refuse of all prototypes together, though each passes alone."""
-        together = held.merged()
-        assert together is not None  # noqa: S101 - one was just added
-        try:
-            self._form.prototypes_of(together.tensors())
-        except ExchangeError as error:
-            return f"prototypes, with those of the others: {error}"
-        return None
 
     def _admit(self, payload: object, expected: Expected, what: Statistic) -> Judged | Refusal:
         own = replace(expected, schema=self._form.schema(what), codec="fp32")
@@ -178,11 +163,6 @@ class Gathering:
             if what == "discriminator":
                 gradient = self._form.discriminator_of(tensors)
                 return SideGradient(gradient, target=bool(manifest.values[TARGET]))
-            found = self._form.prototypes_of(tensors)
+            return self._form.prototypes_of(tensors)
         except ExchangeError as error:
             return expected.refuse(RefusalReason.WRONG_SCHEMA, f"{what}: {error}")
-        voxels = most * PROTOTYPE_PATCHES * math.prod(self._study.training.patch)
-        if float(found.voxels.max()) > voxels:
-            detail = f"{what}: a class of more than {voxels} voxels, which no patches hold"
-            return expected.refuse(RefusalReason.WRONG_SCHEMA, detail)
-        return found

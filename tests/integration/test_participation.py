@@ -19,6 +19,7 @@ from uharmony_model.exchange.payload import digest
 from uharmony_model.initial import initial_weights
 from uharmony_model.networks import build_network
 from uharmony_model.participation import Participation, dump
+from uharmony_model.unlabelled_settings import STATISTICS
 from uharmony_server.aggregate import WeightedSum
 from uharmony_server.checkpoint import Checkpoint
 from uharmony_server.rounds import run_rounds
@@ -198,7 +199,7 @@ def test_the_command_runs_it_and_keeps_two_runs_apart(capsys, home, data):
         "min_cases": 1,
         "allow_rollback": True,
         "share": ["backbone", "norm_affine", "norm_statistics", "polynomial", "style_autoencoder"],
-        "statistics": ["amplitude", "prototypes", "codes"],
+        "statistics": list(STATISTICS),
     }
     again = start(capsys, home, data, "--participation", home / "broken.json", "--resume")
     assert again == (0, "")

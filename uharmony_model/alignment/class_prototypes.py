@@ -2,11 +2,14 @@
 
     mu_c = sum n_c f / n_c,    var_c = sum f^2 / n_c - mu_c^2        over the voxels of class c
 
-Features change with the weights, so prototypes belong to the weights they were made with. B
-samples, C channels of the features, J' classes as channels of the logits (background first when
-they are exclusive); a voxel is one place of the features' grid. How they pull target features is
-said by `prototype_gap`. After the idea of Global-Local Union Alignment (arXiv:2205.11888) that
-class-wise features of domains are brought together; these formulas are ours.
+Features change with the weights, so prototypes belong to the weights they were made with. What
+leaves a site says which classes exist, and not of how many voxels: from these the number of its
+cases follows, and the size of a class that was withheld. So each site's prototypes weigh the same
+in those of all. B samples, C channels of the features, J' classes as channels of the logits
+(background first when they are exclusive); a voxel is one place of the features' grid. How they
+pull target features is said by `prototype_gap`. After the idea of Global-Local Union Alignment
+(arXiv:2205.11888) that class-wise features of domains are brought together; these formulas are
+ours.
 """
 
 from __future__ import annotations
@@ -27,10 +30,13 @@ from uharmony_model.task import Task
 MIN_VOXELS = 100
 """Fewer voxels make no class: their variance says little, and their mean much of each."""
 
-MAX_VALUE = 1e6
-"""Largest mean or variance that is accepted; squares of far larger ones overflow float32."""
+MAX_MEAN, MAX_VARIANCE = 500.0, 5e5
+"""The largest that a site may give; features are normalised, honest ones are far smaller."""
 
-COUNT, MEAN, VARIANCE = "count", "mean", "variance"
+MAX_MERGED = MAX_VARIANCE + MAX_MEAN**2
+"""No variance of several sites is larger: the means' own is MAX_MEAN^2 at most."""
+
+PRESENT, MEAN, VARIANCE = "present", "mean", "variance"
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,8 +56,8 @@ class Prototypes:
         return self.voxels > 0
 
     def tensors(self) -> dict[str, Tensor]:
-        """The form that travels, by the names of `prototype_schema`."""
-        return {COUNT: self.voxels, MEAN: self.mean, VARIANCE: self.variance}
+        """The form that travels, by the names of `prototype_schema`; 1 where a class exists."""
+        return {PRESENT: self.present.float(), MEAN: self.mean, VARIANCE: self.variance}
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,10 +120,11 @@ class PrototypeSum:
 
 
 def merged(sites: Sequence[Prototypes]) -> Prototypes:
-    """The prototypes of all sites' voxels together, of what each site lets out of its own.
+    """The prototypes of all sites together, of what each site lets out of its own.
 
-    sum_k n_k mu_k / sum_k n_k, and the law of total variance; a class exists where it does at a
-    site. Summed in float64 in the order given.
+    sum_k n_k mu_k / sum_k n_k, and the law of total variance, n_k the voxels; of what came from
+    sites these are 1 for all. A class exists where it does at a site. Summed in float64 in the
+    order given.
 
     Raises:
         ExchangeError: there is none, or they differ in classes or channels.
@@ -157,39 +164,45 @@ def prototype_schema(classes: int, channels: int) -> Schema:
     table = (classes, channels)
     return Schema(
         tensors=(
-            TensorSpec(name=COUNT, shape=(classes,)),
             TensorSpec(name=MEAN, shape=table),
+            TensorSpec(name=PRESENT, shape=(classes,)),
             TensorSpec(name=VARIANCE, shape=table),
         )
     )
 
 
-def check_prototypes(tensors: Mapping[str, Tensor], classes: int, channels: int) -> Prototypes:
-    """Prototypes again, from tensors that someone else made.
+def check_prototypes(
+    tensors: Mapping[str, Tensor], classes: int, channels: int, *, together: bool = False
+) -> Prototypes:
+    """Prototypes again, from tensors that someone else made: a site, or all sites `together`.
 
     Raises:
         ExchangeError: names, shapes or types are not those of `prototype_schema`; a number is not
-            finite or too large, a variance negative, a count no whole number; or a class without
-            voxels has a mean or a variance, which tells of voxels that were too few.
+            finite or too large, a variance negative; or a class that is not there has a mean or a
+            variance, which tells of voxels that were too few.
     """
     expected = prototype_schema(classes, channels)
     if Schema.of(tensors) != expected:
         got = ", ".join(f"{name} {tuple(tensors[name].shape)}" for name in sorted(tensors))
         wanted = ", ".join(f"{spec.name} {spec.shape}" for spec in expected.tensors)
         raise ExchangeError(f"prototypes of {got:.200}; expected {wanted}")
-    found = Prototypes(mean=tensors[MEAN], variance=tensors[VARIANCE], voxels=tensors[COUNT])
+    found = Prototypes(mean=tensors[MEAN], variance=tensors[VARIANCE], voxels=tensors[PRESENT])
     if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
         raise ExchangeError("prototypes: a number is not finite; leave their site out")
     if (found.variance < 0).any():
         raise ExchangeError("prototypes: a variance is negative; leave their site out")
-    if (found.voxels < 0).any() or (found.voxels != found.voxels.round()).any():
-        raise ExchangeError("prototypes: a count is no whole number of voxels, 0 or more")
-    largest = max(float(found.mean.abs().amax()), float(found.variance.amax()))
-    if largest > MAX_VALUE:
-        raise ExchangeError(f"prototypes: a value of {largest:.3g}; expected {MAX_VALUE:g} at most")
+    if ((found.voxels != 0) & (found.voxels != 1)).any():
+        raise ExchangeError("prototypes: a class is there, 1, or it is not, 0; got another number")
+    most = MAX_MERGED if together else MAX_VARIANCE
+    mean, variance = float(found.mean.abs().amax()), float(found.variance.amax())
+    if mean > MAX_MEAN or variance > most:
+        raise ExchangeError(
+            f"prototypes: a mean of {mean:.3g} and a variance of {variance:.3g}; expected "
+            f"{MAX_MEAN:g} and {most:g} at most"
+        )
     absent = ~found.present
     if found.mean[absent].any() or found.variance[absent].any():
-        raise ExchangeError("prototypes: a class without voxels has numbers; expected zeros")
+        raise ExchangeError("prototypes: a class that is not there has numbers; expected zeros")
     return found
 
 

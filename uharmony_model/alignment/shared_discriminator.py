@@ -3,11 +3,13 @@
     round r   a site   g_k = gradient of L_k under D_r, L_k the mean over its patients of the mean
                        over their places of D(f)^2 with labels, of (D(f) - 1)^2 without
               server   g = mean of g_k over sites with labels + mean over those without
-                       D_{r+1} = one step of Adam from D_r by g; none where a side has no site
+                       D_{r+1} = one step of Adam from D_r by g / |g|; none where a side has no site
 
 g is the gradient of the pooled L_D (`discriminator`) in which each patient of a site and each site
-of a side weighs the same; sites do not say how many patients or places theirs is of. D_1 follows
-from the study's seed, so that nobody has to send it. The federated form is ours.
+of a side weighs the same; sites do not say how many patients or places theirs is of. Its direction
+alone moves D: Adam remembers squares for long, and one site's huge gradient would hold D still for
+the rest of the study. D_1 follows from the study's seed, so that nobody has to send it. The
+federated form is ours.
 """
 
 from __future__ import annotations
@@ -79,7 +81,7 @@ class SharedDiscriminator:
             kept = {moment: self.moments[moment][name].clone() for moment in _MOMENTS}
             adam.state[parameter] = {"step": torch.tensor(float(self.steps)), **kept}
         shares = site_shares([1] * len(sides), sides)
-        set_gradients(module, sum_gradients([one.tensors for one in gradients], shares))
+        set_gradients(module, _direction(sum_gradients([g.tensors for g in gradients], shares)))
         adam.step()
         moments = {
             moment: {n: adam.state[p][moment].clone() for n, p in module.named_parameters()}
@@ -164,6 +166,13 @@ def check_discriminator(tensors: Named, channels: int) -> dict[str, Tensor]:
         if not largest <= MAX_VALUE:  # NaN is not, either
             raise ExchangeError(f"{name}: a value of {largest:.3g}; expected {MAX_VALUE:g} at most")
     return _under(PREFIX, tensors)
+
+
+def _direction(gradient: Named) -> dict[str, Tensor]:
+    """The gradient divided by its length; 0 stays."""
+    length = torch.stack([tensor.double().square().sum() for tensor in gradient.values()]).sum()
+    factor = 1.0 / max(float(length.sqrt()), 1e-12)
+    return {name: (tensor.double() * factor).float() for name, tensor in gradient.items()}
 
 
 def _state(module: FeatureDiscriminator) -> dict[str, Tensor]:

@@ -164,7 +164,7 @@ def open_combined(buffer: Buffer, form: StatisticsForm) -> tuple[Manifest, Combi
     weights = {name: tensors.pop(name) for name in sorted(named)}
     return manifest, Combined(
         tuple(form.style_of({AMPLITUDE: style}) for style in stacked),
-        form.prototypes_of(tensors) if prototypes else None,
+        form.prototypes_of(tensors, together=True) if prototypes else None,
         tuple(
             form.codes_of({CENTROIDS: centre, SPREAD: spread})
             for centre, spread in zip(*tables, strict=True)

@@ -2,7 +2,7 @@
 
     amplitude       one tensor (C, 2b+1, 2b+1, 2b+1), the site's style; of no round
     codes           mean and deviation (C, S) of style codes by channel; of no round
-    prototypes      count (J',), mean and variance (J', C'), under the round's weights
+    prototypes      which classes exist (J',), mean and variance (J', C'), under the round's weights
     discriminator   the gradient of its term, by parameter, under the round's weights
     values          patients: it is made of so many or more;  target: 1 or 0, the gradient's side
 
@@ -131,15 +131,15 @@ class StatisticsForm:
         check_style(tensors[AMPLITUDE], *self.style)
         return tensors[AMPLITUDE]
 
-    def prototypes_of(self, tensors: Mapping[str, Tensor]) -> Prototypes:
-        """Prototypes, refused unless they can be some.
+    def prototypes_of(self, tensors: Mapping[str, Tensor], *, together: bool = False) -> Prototypes:
+        """Prototypes of a site, or of all sites `together`, refused unless they can be some.
 
         Raises:
             ExchangeError: see `check_prototypes`.
         """
         if self.prototypes is None:
             raise PayloadError("the study does not ask for prototypes")
-        return check_prototypes(tensors, *self.prototypes)
+        return check_prototypes(tensors, *self.prototypes, together=together)
 
     def codes_of(self, tensors: Mapping[str, Tensor]) -> StyleCodes:
         """Style codes of a site, a row for each channel, refused unless they can be some.

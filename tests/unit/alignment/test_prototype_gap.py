@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from uharmony_model.alignment.class_prototypes import (
-    MAX_VALUE,
+    MAX_MEAN,
+    MAX_MERGED,
+    MAX_VARIANCE,
     Prototypes,
     PrototypeSum,
     check_prototypes,
@@ -403,7 +405,7 @@ def test_nothing_that_travels_has_a_spatial_axis():
     schema = prototype_schema(CLASSES, CHANNELS)
     shapes = {spec.name: spec.shape for spec in schema.tensors}
     table = (CLASSES, CHANNELS)
-    assert shapes == {"count": (CLASSES,), "mean": table, "variance": table}
+    assert shapes == {"present": (CLASSES,), "mean": table, "variance": table}
 
 
 @pytest.mark.parametrize(
@@ -411,12 +413,13 @@ def test_nothing_that_travels_has_a_spatial_axis():
     [
         ("mean", (0, 1), float("nan"), "not finite"),
         ("variance", (1, 0), float("inf"), "not finite"),
-        ("count", (1,), float("nan"), "not finite"),
+        ("present", (1,), float("nan"), "not finite"),
         ("variance", (0, 0), -1e-6, "variance is negative"),
-        ("count", (0,), -3.0, "no whole number"),
-        ("count", (0,), 2.5, "no whole number"),
-        ("mean", (0, 0), -2 * MAX_VALUE, "at most"),
-        ("variance", (0, 0), 2 * MAX_VALUE, "at most"),
+        ("present", (0,), -1.0, "another number"),
+        ("present", (0,), 0.5, "another number"),
+        ("present", (0,), 120.0, "another number"),
+        ("mean", (0, 0), -1.01 * MAX_MEAN, "at most"),
+        ("variance", (0, 0), 1.01 * MAX_VARIANCE, "at most"),
         ("mean", (2, 1), 0.5, "expected zeros"),
         ("variance", (2, 1), 0.5, "expected zeros"),
     ],
@@ -432,11 +435,20 @@ def test_refused_numbers(name: str, place: tuple[int, ...], value: float, said: 
 def test_refused_forms():
     tensors = by_hand().tensors()
     for classes, channels in ((2, 2), (3, 3)):
-        with pytest.raises(ExchangeError, match="expected count"):
+        with pytest.raises(ExchangeError, match="expected mean"):
             check_prototypes(tensors, classes, channels)
-    with pytest.raises(ExchangeError, match="expected count"):
+    with pytest.raises(ExchangeError, match="expected mean"):
         check_prototypes({"mean": tensors["mean"]}, 3, 2)
-    with pytest.raises(ExchangeError, match="expected count"):
+    with pytest.raises(ExchangeError, match="expected mean"):
         check_prototypes({**tensors, "more": torch.zeros(1)}, 3, 2)
     with pytest.raises(ExchangeError, match=r"only torch\.float32"):
         check_prototypes({**tensors, "mean": tensors["mean"].double()}, 3, 2)
+
+
+def test_those_of_all_may_vary_more_than_those_of_one():
+    tensors = by_hand().tensors()
+    tensors["variance"][0, 0] = MAX_MERGED
+    assert check_prototypes(tensors, 3, 2, together=True).present.tolist() == [True, True, False]
+    tensors["variance"][0, 0] = 1.01 * MAX_MERGED
+    with pytest.raises(ExchangeError, match="at most"):
+        check_prototypes(tensors, 3, 2, together=True)

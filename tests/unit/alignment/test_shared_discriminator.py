@@ -6,7 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from uharmony_model.alignment.discriminator import FeatureDiscriminator
+from uharmony_model.alignment.discriminator import (
+    FeatureDiscriminator,
+    site_shares,
+    sum_gradients,
+)
 from uharmony_model.alignment.shared_discriminator import (
     SharedDiscriminator,
     SideGradient,
@@ -68,6 +72,10 @@ def test_steps_on_the_sites_gradients_are_those_of_the_pooled_discriminator():
     for _ in range(5):
         adam.zero_grad()
         pooled_loss(pooled).backward()
+        length = sum(float((p.grad**2).sum()) for p in pooled.parameters() if p.grad is not None)
+        for parameter in pooled.parameters():
+            assert parameter.grad is not None
+            parameter.grad /= length**0.5
         adam.step()
         shared = shared.stepped([gradient(site, dict(shared.weights)) for site in SITES])
     assert shared.steps == 5
@@ -76,6 +84,37 @@ def test_steps_on_the_sites_gradients_are_those_of_the_pooled_discriminator():
             shared.weights[name].double(), parameter.detach(), rtol=1e-6, atol=1e-6
         )
         assert (shared.weights[name] - start[name]).abs().max() > 1e-3
+
+
+def test_the_sum_of_gradients_is_that_of_the_pooled_loss():
+    weights = SharedDiscriminator.first(CHANNELS, seed=3).weights
+    pooled = discriminator_of(weights).double()
+    pooled_loss(pooled).backward()
+    sent = [gradient(site, dict(weights)) for site in SITES]
+    shares = site_shares([1] * len(sent), [one.target for one in sent])
+    summed = sum_gradients([one.tensors for one in sent], shares)
+    for name, parameter in pooled.named_parameters():
+        assert parameter.grad is not None
+        torch.testing.assert_close(summed[name].double(), parameter.grad, rtol=1e-6, atol=1e-6)
+
+
+def test_one_huge_gradient_costs_the_round_it_came_in():
+    """What Adam remembers of it would hold D still for hundreds of steps."""
+    shared = SharedDiscriminator.first(CHANNELS, seed=0)
+    honest = [gradient(site, dict(shared.weights)) for site in "ac"]
+    huge = SideGradient({k: torch.full_like(v, 9e3) for k, v in shared.weights.items()}, True)
+    hit = shared.stepped([*honest, huge])
+    losses = []
+    for _ in range(60):
+        losses.append(float(pooled_loss(discriminator_of(hit.weights).double()).detach()))
+        hit = hit.stepped([gradient(site, dict(hit.weights)) for site in SITES])
+    undisturbed = shared
+    for _ in range(60):
+        sent = [gradient(site, dict(undisturbed.weights)) for site in SITES]
+        undisturbed = undisturbed.stepped(sent)
+    end = float(pooled_loss(discriminator_of(undisturbed.weights).double()).detach())
+    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < 1.5 * end
 
 
 def test_without_one_of_the_sides_it_stays():

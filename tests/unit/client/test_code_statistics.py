@@ -201,3 +201,6 @@ def test_what_a_site_receives_is_without_its_own(data, tmp_path):
     elsewhere = open_site(data, tmp_path / "other")
     assert len(without_own(given, elsewhere, form).codes) == 2
     assert without_own(replace(given, codes=()), site, form).codes == ()
+    (path,) = (tmp_path / "ledger" / "releases").rglob("codes.bin")
+    path.write_bytes(path.read_bytes()[:-1])
+    assert len(without_own(given, site, form).codes) == 2  # and the round goes on

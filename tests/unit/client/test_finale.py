@@ -325,6 +325,18 @@ def test_without_validation_cases_the_last_trained_is_kept(data, names, kept):
     assert set(found.validation.values()) == {None}
 
 
+def test_labels_that_may_not_be_used_choose_nothing(data):
+    """Where several sites' cases lie in one place, each with a word of its own on its labels."""
+    home = Home(data, study_of("fedavg", finale={"candidates": ["whole"]}))
+    model = finale.Candidate(home.bench.network, "fedavg", home.federated)
+    cases = {case.case for case in home.site.split("validation")}
+    found = finale._validation(model, home.site, home.bench.shared)
+    assert set(found) == cases
+    assert cases
+    without = dataclasses.replace(home.site, labels={"alpha": "none"})
+    assert finale._validation(model, without, home.bench.shared) == {}
+
+
 # --- what an interruption costs ------------------------------------------------------------------
 
 

@@ -108,7 +108,7 @@ def test_prototypes_are_those_of_the_rounds_weights(data, tmp_path):
             rows.append(features[:, label == value].T)
     for value, rows in of_class.items():
         every = np.concatenate(rows)
-        assert found["count"][value] == 4 * len(every)  # the same patch four times
+        assert found["present"][value] == 1  # of how many voxels is not said
         np.testing.assert_allclose(found["mean"][value], every.mean(0), rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(found["variance"][value], every.var(0), rtol=1e-3, atol=1e-5)
 
@@ -220,7 +220,7 @@ def test_a_statistic_leaves_as_the_ledger_says(tmp_path):
     style, tables = show(ledger.folder)
     assert (style.kind, style.values) == ("statistics", {"patients": 11})
     assert [t.name for t in style.tensors] == ["amplitude"]
-    assert [t.name for t in tables.tensors] == ["count", "mean", "variance"]
+    assert [t.name for t in tables.tensors] == ["mean", "present", "variance"]
 
 
 def test_an_answer_stands_in_the_ledger_with_its_codes(data, tmp_path):

@@ -273,7 +273,8 @@ def test_what_hides_in_background_is_not_certain():
     assert bool(truth.certain[0].all())  # the queue's labels are the network's, of all classes
     assert torch.equal(truth.certain[1], label[1] == 1)
     assert torch.equal(truth.label, label.long())
-    many = study_of("ust-run", task={**task, "overlapping": True})
+    overlapping = {**task, "overlapping": True}
+    many = study_of("ust-run", task=overlapping, unlabelled={"queue": False})
     truth = UstRun(data, many)._truth(label, from_queue=0)
     assert bool(truth.certain[:, 0].all())
     assert not bool(truth.certain[:, 1].any())
@@ -431,7 +432,9 @@ def test_gradients_reach_the_student_alone_and_judging_makes_none():
 
 @pytest.mark.parametrize("labelled", [True, False])
 def test_overlapping_classes_go_without_the_queue(labelled, tmp_path):
-    study = study_of("ust-run", task=OVERLAPPING, training={"local_steps": 3})
+    study = study_of(
+        "ust-run", task=OVERLAPPING, training={"local_steps": 3}, unlabelled={"queue": False}
+    )
     data = data_of(None if labelled else [], annotated=(True, True))
     place = Place(study)
     result = place.round(data, 2)

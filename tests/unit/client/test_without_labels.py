@@ -37,7 +37,7 @@ from uharmony_model.networks import build_network
 from uharmony_model.study import Study
 
 COUNT, SIZE = 10, 8
-TRAINING = {"rounds": 1, "local_steps": 2, "batch_size": 2, "patch": [8, 8, 8]}
+TRAINING = {"rounds": 4, "local_steps": 2, "batch_size": 2, "patch": [8, 8, 8]}
 
 
 def study_of(method: str = "ust-run-fed", **changes: object) -> Study:

@@ -156,6 +156,7 @@ def test_methods_that_keep_residuals_and_nothing_else():
         ("u2net", "glua", "u2net does not say where its deepest level is"),
         ("fedavg", "adabn", "adabn adapts running statistics"),
         ("uharmony", "adabn", "adabn adapts running statistics"),
+        ("fedavg-bn", "adabn", "statistics that stay at each site"),
     ],
 )
 def test_a_rule_that_the_network_cannot_follow_is_refused(method, rule, message):
@@ -163,13 +164,33 @@ def test_a_rule_that_the_network_cannot_follow_is_refused(method, rule, message)
         tiny_study(method=method, unlabelled={"rule": rule})
 
 
+OVERLAPPING = {"classes": {"whole": [1, 2], "core": 2}, "overlapping": True}
+
+
+@pytest.mark.parametrize(("rounds", "asked", "found"), [(1, 2, 0), (2, 2, 1), (3, 2, 2), (3, 9, 2)])
+def test_a_warm_up_ends_before_the_last_round(rounds, asked, found):
+    study = tiny_study(
+        method="ust-run-fed", unlabelled={"warm_up": asked}, training={"rounds": rounds}
+    )
+    assert study.warm_up == found
+
+
+def test_overlapping_classes_are_not_queued_so_a_federation_says_that_it_needs_no_queue():
+    with pytest.raises(ValidationError, match="overlapping classes are not queued"):
+        tiny_study(method="ust-run-fed", task=OVERLAPPING)
+    for unlabelled in ({"queue": False}, {"copy_paste": False}):
+        tiny_study(method="ust-run-fed", task=OVERLAPPING, unlabelled=unlabelled)
+    for method in ("ust-run", "fixmatch-fed", "glua-fed"):
+        tiny_study(method=method, task=OVERLAPPING)
+
+
 def test_rules_are_the_methods_or_else_the_studys():
-    assert tiny_study(method="fedavg-bn", unlabelled={"rule": "adabn"}).rule == "adabn"
+    assert tiny_study(method="silobn", unlabelled={"rule": "adabn"}).rule == "adabn"
     assert tiny_study(method="ust-run-fed", unlabelled={"rule": "fixmatch"}).rule == "ust-run"
     assert tiny_study(method="labelled-only-fed", unlabelled={"rule": "fixmatch"}).rule == "none"
     assert tiny_study(method="labelled-only-fed").takes_unlabelled
     assert not tiny_study(method="fedavg").takes_unlabelled
-    batch = tiny_study(method="fedavg-bn", unlabelled={"rule": "adabn"})
+    batch = tiny_study(method="silobn", unlabelled={"rule": "adabn"})
     assert batch.with_method("local").rule == "none"
 
 

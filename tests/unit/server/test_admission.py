@@ -149,6 +149,15 @@ def test_a_weight_that_is_not_told_is_none():
     assert (answer.cases, answer.started_from) == (None, 2)
 
 
+@pytest.mark.parametrize(
+    ("said", "counts"), [(0.0, 0.0), (1e-320, 0.0), (1e-40, 0.0), (1e-6, 1e-6), (0.5, 0.5)]
+)
+def test_next_to_nothing_that_taught_is_nothing(said, counts):
+    answer = admit(sent(values={"cases": 12, "taught": said}), EXPECTED)
+    assert isinstance(answer, Admitted)
+    assert (answer.taught, answer.labelled) == (counts, False)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_with_one_reason(name):
     buffer, reason = REFUSED[name]

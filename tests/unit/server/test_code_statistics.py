@@ -71,6 +71,7 @@ def test_codes_are_asked_for_once_the_autoencoder_rests():
     assert gathering.asked("north", held, 4) == ()
     assert gathering.asked("south", held, 4) == ("codes",)
     held, _ = take(gathering, None, '{"codes":"not_opted_in"}', held, "south")
+    held = gathering.closed(held)
     assert gathering.asked("south", held, 5) == ()
     assert Gathering(STUDY).asked("south", held, 5) == ("codes",)
 

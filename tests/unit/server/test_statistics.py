@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 
 import pytest
 import torch
@@ -44,10 +43,10 @@ def style(value: float = 0.5) -> torch.Tensor:
     return torch.full((1, 3, 3, 3), value)
 
 
-def tables(mean: float = 1.0, voxels: float = 100.0) -> Prototypes:
+def tables(mean: float = 1.0, voxels: float = 1.0, variance: float = 4.0) -> Prototypes:
     return Prototypes(
         mean=torch.tensor([[0.0] * 8, [mean] * 8]),
-        variance=torch.tensor([[0.0] * 8, [4.0] * 8]),
+        variance=torch.tensor([[0.0] * 8, [variance] * 8]),
         voxels=torch.tensor([0.0, voxels]),
     )
 
@@ -131,7 +130,8 @@ LOPSIDED = torch.linspace(0, 1, 27)
         ("prototypes", prototypes(round=4), RefusalReason.WRONG_ROUND),
         ("prototypes", prototypes(base="c" * 64), RefusalReason.WRONG_BASE),
         ("prototypes", prototypes(tables(voxels=0.0)), RefusalReason.WRONG_SCHEMA),
-        ("prototypes", prototypes(tables(mean=1e7)), RefusalReason.WRONG_SCHEMA),
+        ("prototypes", prototypes(tables(mean=501.0)), RefusalReason.WRONG_SCHEMA),
+        ("prototypes", prototypes(tables(mean=-1e7)), RefusalReason.WRONG_SCHEMA),
     ],
 )
 def test_what_does_not_count_is_refused_with_its_reason(gathering, what, payload, reason):
@@ -179,6 +179,9 @@ def test_a_style_is_asked_for_until_it_is_there_and_prototypes_always(gathering)
 )
 def test_who_gives_no_style_is_asked_again_by_the_next_process_alone(gathering, said, payloads):
     held, _ = take(gathering, payloads, said)
+    # A round that is asked anew, for want of a quorum, is asked as it was.
+    assert gathering.asked("north", Gathered()) == ("amplitude", "prototypes")
+    held = gathering.closed(held)
     assert gathering.asked("north", held) == ("prototypes",)
     assert gathering.asked("south", held) == ("amplitude", "prototypes")
     assert Gathering(STUDY).asked("north", held) == ("amplitude", "prototypes")
@@ -190,7 +193,7 @@ def test_who_gives_no_style_is_asked_again_by_the_next_process_alone(gathering, 
 def test_styles_are_handed_out_by_name_and_prototypes_as_one(gathering):
     held = Gathered(
         styles={"b": style(0.2), "c": style(0.3), "a": style(0.1)},
-        prototypes={"b": tables(mean=4.0, voxels=300.0), "a": tables(mean=0.0, voxels=100.0)},
+        prototypes={"b": tables(mean=4.0), "a": tables(mean=0.0)},
     )
     data = gathering.payload(held, 4, wire.BASE)
     assert data is not None
@@ -199,10 +202,10 @@ def test_styles_are_handed_out_by_name_and_prototypes_as_one(gathering):
     assert (manifest.round, manifest.base, manifest.site) == (4, wire.BASE, "server")
     assert [round(float(s.mean()), 3) for s in found.styles] == [0.1, 0.2, 0.3]
     assert found.prototypes is not None
-    # (100 * 0 + 300 * 4) / 400 = 3; E[x^2] - 9 = (100 * 4 + 300 * 20) / 400 - 9 = 7
-    assert found.prototypes.voxels.tolist() == [0.0, 400.0]
-    torch.testing.assert_close(found.prototypes.mean[1], torch.full((8,), 3.0))
-    torch.testing.assert_close(found.prototypes.variance[1], torch.full((8,), 7.0))
+    # (0 + 4) / 2 = 2; E[x^2] - 4 = (4 + 20) / 2 - 4 = 8
+    assert found.prototypes.present.tolist() == [False, True]
+    torch.testing.assert_close(found.prototypes.mean[1], torch.full((8,), 2.0))
+    torch.testing.assert_close(found.prototypes.variance[1], torch.full((8,), 8.0))
 
 
 def test_where_nothing_was_given_nothing_is_handed_out(gathering):
@@ -264,24 +267,30 @@ def test_a_flipped_bit_in_them_is_a_damaged_checkpoint(tmp_path):
         load_latest(tmp_path, STUDY.digest, SCHEMA)
 
 
-def test_tables_that_pass_alone_and_not_together_stop_nobody(gathering):
-    """Far means make the variance of all too large for the sites: the newcomer is left out."""
-    held, refused = take(gathering, {"prototypes": prototypes(tables(mean=0.0))})
-    assert refused == []
-    far = prototypes(tables(mean=1e4), site="south")
-    held, refused = take(gathering, {"prototypes": far}, held=held, site="south")
-    assert [r.reason for r in refused] == [RefusalReason.WRONG_SCHEMA]
-    assert set(held.prototypes) == {"north"}
+def test_what_each_site_may_give_every_site_takes_of_all(gathering):
+    """The farthest that pass alone: nobody's place is taken, whoever comes first."""
+    held = Gathered()
+    for site, mean in (("a-hostile", 500.0), ("north", 0.0), ("z-hostile", -500.0)):
+        sent = prototypes(tables(mean=mean, variance=5e5), site=site)
+        held, refused = take(gathering, {"prototypes": sent}, held=held, site=site)
+        assert refused == []
+    assert set(held.prototypes) == {"a-hostile", "north", "z-hostile"}
     combined = gathering.payload(held, 5, wire.BASE)
     assert combined is not None
-    open_combined(combined, FORM)
+    found = open_combined(combined, FORM)[1].prototypes
+    assert found is not None
+    # E[x^2] = (3 * 5e5 + 2 * 500^2) / 3
+    torch.testing.assert_close(found.variance[1], torch.full((8,), 5e5 + 2 * 500.0**2 / 3))
 
 
-def test_a_count_that_no_patches_hold_is_refused(gathering):
-    most = 1000 * 4 * math.prod(STUDY.training.patch)  # max_cases, patches of a case
-    honest, boast = tables(voxels=float(most)), tables(voxels=float(2 * most))
-    assert take(gathering, {"prototypes": prototypes(honest)})[1] == []
-    (refused,) = take(gathering, {"prototypes": prototypes(boast)})[1]
+def test_no_site_says_how_much_it_has(gathering):
+    """As an honest site with a hundred voxels sends it, and one that claims to have many."""
+    schema = FORM.schema("prototypes")
+    honest = tables(voxels=100.0).tensors()
+    assert honest["present"].tolist() == [0.0, 1.0]
+    boast = {**honest, "present": torch.tensor([0.0, 1e9])}
+    sent = prototypes(tables(), flat=flatten(boast, schema))
+    (refused,) = take(gathering, {"prototypes": sent})[1]
     assert refused.reason is RefusalReason.WRONG_SCHEMA
 
 
