@@ -21,13 +21,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from uharmony_client.objective import Carried, LocalData
+from uharmony_client.pasted import Sample, Sources
 from uharmony_client.semi_supervised import WithTeacher
 from uharmony_model.presence import input_channels
 from uharmony_model.study import Study
@@ -48,45 +48,6 @@ AGE = "teacher-steps"
 UNTRUSTED = 500 / 30_000
 
 
-@dataclass(frozen=True)
-class _Sources:
-    """What is pasted: images (B, C, D, H, W), label values (B, D, H, W), the truth, domains."""
-
-    image: Tensor
-    label: Tensor
-    truth: PseudoLabel
-    domain: Tensor
-
-
-@dataclass(frozen=True)
-class _Sample:
-    """Patches (B, C, D, H, W), what is believed of them, and their domains (B,)."""
-
-    image: Tensor
-    label: PseudoLabel
-    domain: Tensor
-
-    def to(self, device: torch.device) -> _Sample:
-        """The same on a device."""
-        label = PseudoLabel(self.label.label.to(device), self.label.certain.to(device))
-        return _Sample(self.image.to(device), label, self.domain.to(device))
-
-    def tensors(self) -> dict[str, Tensor]:
-        """By name, to be carried; `of` reads it again."""
-        return {
-            "image": self.image,
-            "label": self.label.label,
-            "certain": self.label.certain,
-            "domain": self.domain,
-        }
-
-    @classmethod
-    def of(cls, tensors: Mapping[str, Tensor]) -> _Sample:
-        """From what was carried."""
-        label = PseudoLabel(tensors["label"], tensors["certain"])
-        return cls(tensors["image"], label, tensors["domain"])
-
-
 class UstRun(WithTeacher):
     """One step of UST-RUN; `styles (C, 2b+1, 2b+1, 2b+1)` are those that other sites gave."""
 
@@ -96,7 +57,7 @@ class UstRun(WithTeacher):
         self._size = study.training.patch
         self._queue: ReliableQueue | None = None
         self._queued_domains = torch.empty(0, dtype=torch.int64)
-        self._hardest: _Sample | None = None  # on the CPU
+        self._hardest: Sample | None = None  # on the CPU
         self._age = 0  # steps that the teacher has followed here
 
     # --- labelled ------------------------------------------------------------------------------
@@ -141,7 +102,7 @@ class UstRun(WithTeacher):
                 of_lu = self.taught(network, paste(sources.image, image, mask), sources.domain)
                 guide = agreeing(pasted(of_ul, of_lu, mask), direct, direct_certain=True)
             styled = self._mixed(network, sources.image, round_, step)
-            into = _Sample(paste(strong, styled, mask), pasted(direct, sources.truth, mask), domain)
+            into = Sample(paste(strong, styled, mask), pasted(direct, sources.truth, mask), domain)
             into = self._and_hardest(into, sources, round_, step)
             of, y_lu = paste(styled, strong, mask), pasted(sources.truth, direct, mask)
             total = masked_loss(network(into.image, into.domain, drop=drop), into.label, task)
@@ -155,7 +116,7 @@ class UstRun(WithTeacher):
         self._judge(network, image, domain, direct, round_, step)
         return loss
 
-    def _sources(self, network: nn.Module, round_: int, step: int) -> _Sources | None:
+    def _sources(self, network: nn.Module, round_: int, step: int) -> Sources | None:
         """Labelled patches, up to half of them from the queue; at a site without labels all."""
         count, task = self.study.training.batch_size, self.study.task
         device = next(network.parameters()).device
@@ -169,13 +130,13 @@ class UstRun(WithTeacher):
                 image[: len(order)] = held.images[order].to(device)
                 label[: len(order)] = held.labels[order].to(device)
                 domain[: len(order)] = self._queued_domains[order].to(device)
-            return _Sources(image, label, self._truth(label, from_queue=len(order)), domain)
+            return Sources(image, label, self._truth(label, from_queue=len(order)), domain)
         if held is None or not len(held):
             return None
         order = draw.integers(len(held), size=count).tolist()
         image, label = held.images[order].to(device), held.labels[order].to(device)
         domain = self._queued_domains[order].to(device)
-        return _Sources(image, label, known(label, task), domain)
+        return Sources(image, label, known(label, task), domain)
 
     def _truth(self, label: Tensor, *, from_queue: int) -> PseudoLabel:
         """A person's label is certain where it can be: not where a class may hide in background."""
@@ -195,7 +156,7 @@ class UstRun(WithTeacher):
         draws = [self.draws(round_, step, f"box-{sample}") for sample in range(count)]
         return torch.stack([draw_box(draw, self._size).mask(self._size) for draw in draws])
 
-    def _and_hardest(self, samples: _Sample, sources: _Sources, round_: int, step: int) -> _Sample:
+    def _and_hardest(self, samples: Sample, sources: Sources, round_: int, step: int) -> Sample:
         """One sample more: the hardest of the step before, foreground to foreground."""
         if self._hardest is None:
             return samples
@@ -210,7 +171,7 @@ class UstRun(WithTeacher):
         mask = box.mask(self._size)[None].to(device)
         truth = PseudoLabel(sources.truth.label[one], sources.truth.certain[one])
         target = pasted(hard.label, truth, mask)
-        return _Sample(
+        return Sample(
             torch.cat((samples.image, paste(hard.image, sources.image[one], mask))),
             PseudoLabel(
                 torch.cat((samples.label.label, target.label)),
@@ -241,7 +202,7 @@ class UstRun(WithTeacher):
             worst = int(hard.argmax())
             one = slice(worst, worst + 1)
             label = PseudoLabel(direct.label[one], direct.certain[one])
-            self._hardest = _Sample(image[one], label, domain[one]).to(torch.device("cpu"))
+            self._hardest = Sample(image[one], label, domain[one]).to(torch.device("cpu"))
         if settings.queue and not task.overlapping:
             held, values = self._reliable(), direct.values(task).cpu()
             entering = [i for i, h in enumerate(hard.tolist()) if h < held.threshold]
@@ -313,7 +274,7 @@ class UstRun(WithTeacher):
             )
             self._queued_domains = carried[QUEUED_DOMAINS]
         if f"{HARDEST}image" in carried:
-            self._hardest = _Sample.of(
+            self._hardest = Sample.of(
                 {k.removeprefix(HARDEST): v for k, v in carried.items() if k.startswith(HARDEST)}
             )
 
