@@ -1,10 +1,12 @@
 """Two arms of recorded studies, over all sites and at each: `python -m benchmarks compare`.
 
-    python -m benchmarks compare docs/evidence/NAME ARM REFERENCE [--cell C] [--other RECORDS]
+    python -m benchmarks compare docs/evidence/NAME ARM REFERENCE [--cell C]
+        [--other RECORDS] [--other-cell C]
 
 The tables of a study compare its arms with a few references; this is every other pair, from the
 records alone, with the same paired comparison. `--other` is where the reference's records lie, if
-not in the same folder; what counts are the cases that both have, after the last round.
+not in the same folder, `--other-cell` their condition, if it is another; what counts are the cases
+that both have, after the last round.
 """
 
 from __future__ import annotations
@@ -33,9 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("reference")
     parser.add_argument("--cell", default="none", help="folder of the condition")
     parser.add_argument("--other", type=Path, help="records of the reference")
+    parser.add_argument("--other-cell", help="the reference's condition")
     options = parser.parse_args(arguments)
     own = _scores(options.records / options.cell, options.arm)
-    other = _scores((options.other or options.records) / options.cell, options.reference)
+    place = (options.other or options.records) / (options.other_cell or options.cell)
+    other = _scores(place, options.reference)
     print(f"{options.arm} less {options.reference}: {short_difference(compare(own, other))}")
     for site in sorted({score.site for score in own}):
         print(f"  {site}: {short_difference(compare(own, other, site=site))}")

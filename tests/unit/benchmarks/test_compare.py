@@ -35,6 +35,13 @@ def test_the_difference_is_of_common_cases_over_all_sites_and_at_each(tmp_path, 
     assert south.strip().startswith("s: +20.0")
 
 
+def test_the_reference_may_be_of_another_condition(tmp_path, capsys):
+    write(tmp_path / "few", "a", {"n1": 0.8, "n2": 0.6})
+    write(tmp_path / "all", "a", {"n1": 0.9, "n2": 0.7})
+    assert compare.main([str(tmp_path), "a", "a", "--cell", "few", "--other-cell", "all"]) == 0
+    assert capsys.readouterr().out.startswith("a less a: \u221210.0")
+
+
 def test_an_arm_without_a_record_is_named(tmp_path):
     write(tmp_path / "none", "a", {"n1": 0.8})
     with pytest.raises(ConfigError, match="no record of b"):
