@@ -18,12 +18,11 @@ from benchmarks.leakage_attacks import Floats
 from uharmony_client.code_styles import CodeStyles
 from uharmony_client.readers import read_cases
 from uharmony_client.site_config import SiteConfig
-from uharmony_client.statistic_measures import STYLE_PATCHES
+from uharmony_client.statistic_measures import FEATURE_PATCHES, STYLE_PATCHES
 from uharmony_client.volume_store import VolumeStore
 from uharmony_model.alignment.class_prototypes import Prototypes, PrototypeSum, class_members
 from uharmony_model.alignment.style_autoencoder import StyleAutoencoder
 from uharmony_model.errors import DataError
-from uharmony_model.exchange.statistics import PROTOTYPE_PATCHES
 from uharmony_model.features import deepest_features
 from uharmony_model.frozen import parse
 from uharmony_model.losses import segmentation_loss
@@ -224,7 +223,7 @@ def soft_prototype_vector(seen: Tensor, members: Tensor) -> Tensor:
 
 def _patient(study: Study, volume: StoredVolume, site: str, case: str) -> Patient:
     style, _ = _patches(study, volume, (site, case), STYLE_PATCHES, labelled=False)
-    image, label = _patches(study, volume, (site, case), PROTOTYPE_PATCHES, labelled=True)
+    image, label = _patches(study, volume, (site, case), FEATURE_PATCHES, labelled=True)
     return Patient(case, volume, style, image, label)
 
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from benchmarks import leakage_data as data
 from benchmarks.leakage_attacks import Floats, Misfit
+from uharmony_client.statistic_measures import FEATURE_PATCHES
 from uharmony_model.alignment.code_style import patch_codes, site_codes
 from uharmony_model.alignment.discriminator import FeatureDiscriminator, discriminator_term
 from uharmony_model.alignment.style_autoencoder import StyleAutoencoder, middle_slices
-from uharmony_model.exchange.statistics import PROTOTYPE_PATCHES
 from uharmony_model.randomness import numpy_generator
 from uharmony_model.segmentation_network import SegmentationNetwork
 from uharmony_model.unlabelled.amplitude import low_amplitude
@@ -183,7 +183,7 @@ def gradients_of(town: data.Town, network: SegmentationNetwork) -> Statistic:
 
     def whole(patient: data.Patient) -> Tensor:
         with torch.no_grad():
-            seen = data.features(network, patient.style[:PROTOTYPE_PATCHES])
+            seen = data.features(network, patient.style[:FEATURE_PATCHES])
         return gradient(seen)
 
     every = [[whole(patient) for patient in patients] for patients in _groups(town)]

@@ -58,7 +58,8 @@ class Policy(Frozen):
     residuals of each domain) and `prototypes` (its mean descriptor with noise). A site that names
     nothing publishes nothing, and takes part all the same. `statistics` names in the same way what
     others may learn with: `amplitude` (the mean style of the training patients), `prototypes`
-    (means and variances of features by class) and `codes` (mean and deviation of style codes).
+    (means and variances of features by class), `codes` (mean and deviation of style codes) and
+    `discriminator` (the gradient of a network that tells whose features they are).
     `allow_rollback` lets the coordinator go back to a round that this site has passed.
     """
 

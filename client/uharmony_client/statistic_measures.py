@@ -38,7 +38,7 @@ from uharmony_model.alignment.shared_discriminator import (
 )
 from uharmony_model.errors import ExchangeError
 from uharmony_model.exchange.instruction import Instruction
-from uharmony_model.exchange.statistics import PROTOTYPE_PATCHES, StatisticsForm
+from uharmony_model.exchange.statistics import StatisticsForm
 from uharmony_model.features import deepest_features
 from uharmony_model.inference import evaluating
 from uharmony_model.patches import cut, is_foreground_patch, plan_patch, without_label
@@ -49,6 +49,7 @@ from uharmony_model.unlabelled.study_style import style_floor
 from uharmony_model.unlabelled.style_average import AMPLITUDE, StyleSum
 
 STYLE_PATCHES = 8  # of each case, anywhere in it, as unlabelled patches lie
+FEATURE_PATCHES = 4  # of each case in each round; labelled ones as training patches lie
 
 Patients = Mapping[str, Sequence[Case]]
 
@@ -167,7 +168,9 @@ def gradient_of(here: Workplace, *, target: bool) -> dict[str, Tensor] | None:
                 kept = gradient.double().cpu()
                 total[name] = total[name] + kept if name in total else kept
     mean = {name: (summed / len(patients)).float() for name, summed in total.items()}
-    return travelling(here.form.discriminator_of(travelling(mean)))
+    sent = travelling(mean)
+    here.form.discriminator_of(sent)  # as every receiver will look at it
+    return sent
 
 
 def _members(here: Workplace, case: Case) -> tuple[Tensor, Tensor]:
@@ -182,7 +185,7 @@ def _features(here: Workplace, case: Case, *, labelled: bool) -> tuple[Tensor, T
     """Features (B, C, ...) of a case's patches in the bench's network, with their labels."""
     site, network = here.site, here.bench.network
     device = next(network.parameters()).device
-    image, label = _patches(site, case, PROTOTYPE_PATCHES, labelled=labelled)
+    image, label = _patches(site, case, FEATURE_PATCHES, labelled=labelled)
     if site.study.task.presence:
         present = torch.tensor([list(site.volumes[case.case].present)] * len(image))
         image = with_presence(image, present, site.study.task)

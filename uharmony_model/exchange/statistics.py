@@ -46,7 +46,6 @@ from uharmony_model.unlabelled.study_style import STYLE_NUMBERS, half_width
 from uharmony_model.unlabelled.style_average import AMPLITUDE, check_style, style_schema
 from uharmony_model.unlabelled_settings import Statistic
 
-PROTOTYPE_PATCHES = 4  # of each labelled case in each round, as its training patches lie
 LEAST_PATIENTS = 2
 """No study and no policy lets a statistic be of one patient."""
 

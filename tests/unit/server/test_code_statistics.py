@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from tests.support import wire
-from tests.support.fake_sites import SCHEMA
+from tests.support.gathering import expected_of
 from tests.support.tiny import tiny_study
 from uharmony_model.alignment.style_codes import StyleCodes
 from uharmony_model.exchange.combined import open_combined
 from uharmony_model.exchange.payload import Kind, encode
 from uharmony_model.exchange.schema import flatten
 from uharmony_model.exchange.statistics import Said, StatisticsForm
-from uharmony_server.admission import Expected, RefusalReason
+from uharmony_server.admission import RefusalReason
 from uharmony_server.gathered import Gathered, SaidBySite, packed, unpacked
 from uharmony_server.statistics import Answer, Gathering
 
@@ -47,16 +47,7 @@ def payload(found: StyleCodes | None = None, **changes) -> bytes:
 
 
 def take(gathering, data: bytes | None, said=SAID, held=None, site="north"):
-    expected = Expected(
-        site=site,
-        study=STUDY.digest,
-        round=5,
-        base=wire.BASE,
-        schema=SCHEMA,
-        codec="bf16",
-        max_cases=1000,
-        norm_limit=1e-9,
-    )
+    expected = expected_of(STUDY, site)
     answer = Answer({} if data is None else {"codes": data}, said)
     return gathering.take(held or Gathered(), answer, expected)
 

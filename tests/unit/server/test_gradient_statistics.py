@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.support import wire
-from tests.support.fake_sites import SCHEMA
+from tests.support.gathering import expected_of
 from tests.support.tiny import tiny_study
 from uharmony_model.alignment.discriminator import FeatureDiscriminator
 from uharmony_model.alignment.shared_discriminator import travelling
@@ -17,7 +17,7 @@ from uharmony_model.exchange.combined import open_combined
 from uharmony_model.exchange.payload import Kind, encode
 from uharmony_model.exchange.schema import flatten
 from uharmony_model.exchange.statistics import Said, StatisticsForm
-from uharmony_server.admission import Expected, RefusalReason
+from uharmony_server.admission import RefusalReason
 from uharmony_server.gathered import Gathered, packed, unpacked
 from uharmony_server.statistics import Answer, Gathering
 
@@ -49,16 +49,7 @@ def payload(value: float = 0.5, **changes) -> bytes:
 
 
 def take(gathering, data, held=None, site="north"):
-    expected = Expected(
-        site=site,
-        study=STUDY.digest,
-        round=5,
-        base=wire.BASE,
-        schema=SCHEMA,
-        codec="bf16",
-        max_cases=1000,
-        norm_limit=1e-9,
-    )
+    expected = expected_of(STUDY, site)
     return gathering.take(held or Gathered(), Answer({"discriminator": data}, SAID), expected)
 
 

@@ -9,6 +9,7 @@ import torch
 
 from tests.support import wire
 from tests.support.fake_sites import SCHEMA
+from tests.support.gathering import expected_of
 from tests.support.tiny import tiny_study
 from uharmony_model.alignment.class_prototypes import Prototypes
 from uharmony_model.errors import StoreError
@@ -16,7 +17,7 @@ from uharmony_model.exchange.combined import open_combined
 from uharmony_model.exchange.payload import Kind, encode
 from uharmony_model.exchange.schema import flatten
 from uharmony_model.exchange.statistics import Said, StatisticsForm
-from uharmony_server.admission import Expected, RefusalReason
+from uharmony_server.admission import RefusalReason
 from uharmony_server.checkpoint import Checkpoint, load_latest, save
 from uharmony_server.gathered import Gathered, packed, unpacked
 from uharmony_server.statistics import Answer, Gathering
@@ -24,19 +25,6 @@ from uharmony_server.statistics import Answer, Gathering
 STUDY = tiny_study(method="glua-fed", unlabelled={"min_patients": 3})
 FORM = StatisticsForm.of(STUDY)  # styles (1, 3, 3, 3); 2 classes of 8 features
 BOTH = '{"amplitude":"given","prototypes":"given"}'
-
-
-def expected(site: str = "north") -> Expected:
-    return Expected(
-        site=site,
-        study=STUDY.digest,
-        round=5,
-        base=wire.BASE,
-        schema=SCHEMA,
-        codec="bf16",
-        max_cases=1000,
-        norm_limit=1e-9,  # of updates; a statistic has no such limit
-    )
 
 
 def style(value: float = 0.5) -> torch.Tensor:
@@ -85,7 +73,7 @@ def gathering() -> Gathering:
 
 
 def take(gathering, payloads, said=BOTH, held=None, site="north"):
-    return gathering.take(held or Gathered(), Answer(payloads, said), expected(site))
+    return gathering.take(held or Gathered(), Answer(payloads, said), expected_of(STUDY, site))
 
 
 def test_both_are_taken_by_the_name_of_their_site(gathering):
